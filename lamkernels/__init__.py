@@ -1,0 +1,36 @@
+"""Fused kernels for the bottlenecks of latent action models, as drop-in torch modules and functions."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lamkernels import ops as _ops  # noqa: F401  (registers the operators)
+from lamkernels._version import __version__
+from lamkernels.backend import BackendStatus, available_backends
+from lamkernels.functional import VQOutput, code_statistics, lookup, nearest_code, vector_quantize
+from lamkernels.nn import VectorQuantize
+
+if TYPE_CHECKING:
+    from lamkernels import lam
+
+
+__all__ = [
+    "BackendStatus",
+    "VQOutput",
+    "VectorQuantize",
+    "__version__",
+    "available_backends",
+    "code_statistics",
+    "lam",
+    "lookup",
+    "nearest_code",
+    "vector_quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """``lamkernels.lam`` is loaded when it is first used."""
+    if name == "lam":
+        return importlib.import_module("lamkernels.lam")
+    raise AttributeError(f"module 'lamkernels' has no attribute {name!r}")

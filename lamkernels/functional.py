@@ -1,0 +1,302 @@
+"""The public functions: check the arguments, bring them into the operators' layout, call the operator."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamkernels.backend import BACKENDS
+from lamkernels.ops.code_statistics.op import code_statistics as _code_statistics
+from lamkernels.ops.nearest_code.op import nearest_code as _nearest_code
+from lamkernels.ops.vector_quantize.op import vector_quantize as _vector_quantize
+
+Metric = Literal["l2", "cosine", "dot"]
+Precision = Literal["default", "exact", "fast"]
+Gradient = Literal["ste", "rotation", "noise", "none"]
+Backend = Literal["auto", "reference", "numba", "triton", "cuda"]
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+COSINE_EPS = 1e-12
+
+
+class VQOutput(NamedTuple):
+    """What :func:`vector_quantize` returns.
+
+    Attributes:
+        quantized: (..., D) in the dtype of x: the nearest code of each row; NaN for a row that is not finite, 0 for a
+            masked row.
+        indices: (...,) int64: its index; −1 for a row that is not finite or is masked.
+        commitment_loss: () fp32 (fp64 for fp64 x): mean((x − sg q)²) over the rows that are in.
+        codebook_loss: () fp32 (fp64 for fp64 x): mean((sg x − q)²), the same value with its gradient to the codebook.
+        counts: (K,) or (H, K) int64: how many rows chose each code.
+        sums: (K, D) or (H, K, D) fp32 (fp64 for fp64 x): the sum of those rows. No gradient.
+    """
+
+    quantized: Tensor
+    indices: Tensor
+    commitment_loss: Tensor
+    codebook_loss: Tensor
+    counts: Tensor
+    sums: Tensor
+
+
+def nearest_code(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: Metric = "l2",
+    precision: Precision = "default",
+    return_distance: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The index of the nearest code of each row, without the N×K distance matrix. No gradient.
+
+    Ties go to the lowest index. A row with a NaN or an infinity gets −1, and a code with one never wins.
+
+    Args:
+        x: (..., D), or (H, ..., D) with a codebook per head; float32, float16, bfloat16 or float64, any strides.
+        codebook: (K, D) or (H, K, D), in the dtype of x, or float32 with float16 and bfloat16 x.
+        metric: "l2", the smallest Σ(x − c)²; "dot", the largest x·c; "cosine", the largest x·c of l2-normalised
+            vectors, where the norm is clamped at 1e-12.
+        precision: "default": fp32 accumulation, the regret is bounded by the numerics contract (docs/numerics.md);
+            "exact": the fp64 minimum of the stored values; "fast": plain TF32 products of fp32 input where the
+            hardware has them.
+        return_distance: also return the score of the chosen code.
+        backend: "auto", "reference", "numba", "triton" or "cuda". An explicit one never falls back.
+
+    Returns:
+        indices (...,) int64; with ``return_distance`` also the squared distance ("l2") or the product ("dot",
+        "cosine") as (...,) fp32, fp64 for fp64 x, NaN where the index is −1.
+
+    Raises:
+        TypeError: x or codebook is not a tensor of a supported dtype.
+        ValueError: a shape, device or option does not fit; the message names it and what is allowed.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    _check_tensors(x, codebook)
+    _check_option("metric", metric, ("l2", "cosine", "dot"))
+    _check_option("precision", precision, ("default", "exact", "fast"))
+    _check_option("backend", backend, BACKENDS)
+    leading = x.shape[:-1]
+    rows, codes, metric = _canonical(x.detach(), codebook.detach(), metric, precision)
+    indices, distance = _nearest_code(rows, codes, metric, precision, return_distance, backend)
+    if return_distance:
+        return indices.reshape(leading), distance.reshape(leading)
+    return indices.reshape(leading)
+
+
+def vector_quantize(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    gradient: Gradient = "ste",
+    mask: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    metric: Metric = "l2",
+    precision: Precision = "default",
+    backend: Backend = "auto",
+) -> VQOutput:
+    """Vector quantisation in one fused pass: lookup, output, both losses and the statistics of the codes.
+
+    The straight-through estimator ("ste", Bengio et al. 2013; van den Oord et al. 2017) passes the gradient of
+    ``quantized`` to x unchanged. ``commitment_loss`` sends 2 (x − q) / (n·D) to x, ``codebook_loss`` sends
+    −2 Σ(x − c_k) / (n·D) to code k, where n counts the rows that are in: finite and not masked. The other rows get no
+    gradient. With no row in, the losses are 0.
+
+    Args:
+        x: (..., D), or (H, ..., D) with a codebook per head; float32, float16, bfloat16 or float64, any strides.
+        codebook: (K, D) or (H, K, D), in the dtype of x, or float32 with float16 and bfloat16 x.
+        gradient: "ste", or "none": ``quantized`` has no gradient. "rotation" and "noise" are not there yet.
+        mask: (...,) bool, False for a row to leave out; None means that all rows are in.
+        noise: for gradient="noise" only.
+        generator: for gradient="noise" only.
+        metric: as for :func:`nearest_code`. With "cosine", ``quantized`` is the normalised code and the losses compare
+            it with the normalised x.
+        precision: as for :func:`nearest_code`.
+        backend: as for :func:`nearest_code`.
+
+    Returns:
+        A :class:`VQOutput`.
+
+    Raises:
+        TypeError: x, codebook or mask is not a tensor of a supported dtype.
+        ValueError: a shape, device or option does not fit; the message names it and what is allowed.
+        NotImplementedError: gradient is "rotation" or "noise".
+        RuntimeError: the backend asked for cannot run here.
+    """
+    _check_tensors(x, codebook)
+    _check_option("gradient", gradient, ("ste", "rotation", "noise", "none"))
+    _check_option("metric", metric, ("l2", "cosine", "dot"))
+    _check_option("precision", precision, ("default", "exact", "fast"))
+    _check_option("backend", backend, BACKENDS)
+    if gradient in ("rotation", "noise"):
+        raise NotImplementedError(f"gradient={gradient!r} is not implemented yet; use 'ste' or 'none'")
+    if noise is not None or generator is not None:
+        raise ValueError(f"noise and generator are for gradient='noise'; gradient is {gradient!r}")
+    if mask is not None:
+        _check_mask(mask, x)
+    leading = x.shape[:-1]
+    rows, codes, metric = _canonical(x, codebook, metric, precision)
+    quantized, indices, commitment, codebook_loss, counts, sums, _, num_rows = _vector_quantize(
+        rows, codes, None if mask is None else mask.reshape(rows.shape[:-1]), metric, precision, backend
+    )
+    if gradient == "none":
+        quantized = quantized.detach()
+    if codebook.ndim == 2:
+        commitment, codebook_loss, counts, sums = (t.squeeze(0) for t in (commitment, codebook_loss, counts, sums))
+    else:  # the mean over all rows that are in, whichever head they belong to
+        weight = num_rows / num_rows.sum().clamp(min=1)
+        commitment, codebook_loss = (commitment * weight).sum(), (codebook_loss * weight).sum()
+    return VQOutput(
+        quantized.reshape(x.shape).to(x.dtype), indices.reshape(leading), commitment, codebook_loss, counts, sums
+    )
+
+
+def code_statistics(
+    x: Tensor, indices: Tensor, num_codes: int, *, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """How many rows chose each code, and their sum: what an EMA or k-means update needs.
+
+    Bitwise reproducible for a fixed shape and device. The gradient of ``sums`` goes to x.
+
+    Args:
+        x: (..., D); float32, float16, bfloat16 or float64, any strides.
+        indices: (...,) int64. A row whose index is outside [0, num_codes), such as −1, or that is not finite, is in no
+            count and no sum.
+        num_codes: K, at least 1.
+        backend: as for :func:`nearest_code`.
+
+    Returns:
+        counts (K,) int64 and sums (K, D) fp32, fp64 for fp64 x.
+
+    Raises:
+        TypeError: x or indices is not a tensor of a supported dtype.
+        ValueError: a shape, device or option does not fit; the message names it and what is allowed.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    _check_float("x", x)
+    _check_indices(indices)
+    _check_option("backend", backend, BACKENDS)
+    if x.shape[:-1] != indices.shape:
+        raise ValueError(f"indices has shape {tuple(indices.shape)}; for x of {tuple(x.shape)} it must be {tuple(x.shape[:-1])}")
+    if indices.device != x.device:
+        raise ValueError(f"indices is on {indices.device} and x on {x.device}; they must be on one device")
+    if num_codes < 1:
+        raise ValueError(f"num_codes is {num_codes}; it must be at least 1")
+    dim = x.shape[-1]
+    counts, sums = _code_statistics(x.reshape(1, -1, dim), indices.reshape(1, -1), num_codes, backend)
+    return counts.squeeze(0), sums.squeeze(0)
+
+
+def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
+    """Codes back to vectors: ``codebook[indices]``, NaN where the index is −1. Differentiable in the codebook.
+
+    Args:
+        indices: (...,) int64 in [−1, K); (H, ...) with a codebook per head.
+        codebook: (K, D) or (H, K, D), floating point.
+
+    Returns:
+        (..., D) in the dtype of the codebook.
+
+    Raises:
+        TypeError: indices is not int64, or codebook is not a floating-point tensor.
+        ValueError: the shapes or devices do not fit.
+        IndexError: on the CPU, an index is below −1 or not below K. (On a GPU an index past K trips torch's device assertion.)
+    """
+    _check_float("codebook", codebook)
+    _check_codebook(codebook)
+    _check_indices(indices)
+    if indices.device != codebook.device:
+        raise ValueError(f"indices is on {indices.device} and codebook on {codebook.device}; they must be on one device")
+    if codebook.ndim == 3 and (indices.ndim == 0 or indices.shape[0] != codebook.shape[0]):
+        raise ValueError(
+            f"indices has shape {tuple(indices.shape)}; with a codebook per head its first axis must be {codebook.shape[0]}"
+        )
+    num_codes, dim = codebook.shape[-2:]
+    if indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel():
+        low, high = (int(v) for v in torch.aminmax(indices))
+        if low < -1 or high >= num_codes:
+            raise IndexError(f"indices range from {low} to {high}; they must be in [-1, {num_codes - 1}]")
+    safe = indices.clamp(min=0)
+    if codebook.ndim == 3:
+        flat = safe.reshape(codebook.shape[0], -1, 1).expand(-1, -1, dim)
+        codes = codebook.gather(1, flat).reshape(*indices.shape, dim)
+    else:
+        codes = F.embedding(safe, codebook)
+    return codes.masked_fill((indices < 0)[..., None], torch.nan)
+
+
+def _canonical(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tensor, Tensor, str]:
+    """x (..., D) and codebook as the operators take them: (H, N, D) and (H, K, D); the cosine becomes a dot product."""
+    if metric == "cosine":
+        wide = torch.float64 if precision == "exact" or x.dtype == torch.float64 else torch.float32
+        x, codebook = (F.normalize(t.to(wide), dim=-1, eps=COSINE_EPS) for t in (x, codebook))
+        metric = "dot"
+    dim = codebook.shape[-1]
+    if codebook.ndim == 2:
+        return x.reshape(1, -1, dim), codebook.unsqueeze(0), metric
+    return x.reshape(codebook.shape[0], x.shape[1:-1].numel(), dim), codebook, metric
+
+
+def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}; it must be float32, float16, bfloat16 or float64")
+    if tensor.ndim == 0:
+        raise ValueError(f"{name} is a scalar; it must have an axis of vectors, (..., D)")
+
+
+def _check_indices(indices: Tensor) -> None:
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices is a {type(indices).__name__}; it must be a torch.Tensor")
+    if indices.dtype != torch.int64:
+        raise TypeError(f"indices is {indices.dtype}; it must be int64")
+
+
+def _check_codebook(codebook: Tensor) -> None:
+    if codebook.ndim not in (2, 3) or codebook.shape[-1] < 1 or codebook.shape[-2] < 1:
+        raise ValueError(
+            f"codebook has shape {tuple(codebook.shape)}; it must be (K, D) or (H, K, D) with K and D at least 1"
+        )
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask is a {type(mask).__name__}; it must be a torch.Tensor")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask is {mask.dtype}; it must be bool")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; for x of {tuple(x.shape)} it must be {tuple(x.shape[:-1])}")
+    if mask.device != x.device:
+        raise ValueError(f"mask is on {mask.device} and x on {x.device}; they must be on one device")
+
+
+def _check_tensors(x: Tensor, codebook: Tensor) -> None:
+    _check_float("x", x)
+    _check_float("codebook", codebook)
+    _check_codebook(codebook)
+    if x.shape[-1] != codebook.shape[-1]:
+        raise ValueError(f"x has rows of {x.shape[-1]} and codebook of {codebook.shape[-1]} entries; they must be equal")
+    if codebook.ndim == 3 and (x.ndim < 2 or x.shape[0] != codebook.shape[0]):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; with a codebook per head, {tuple(codebook.shape)}, it must be "
+            f"({codebook.shape[0]}, ..., {codebook.shape[-1]})"
+        )
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if codebook.dtype != x.dtype and not (half and codebook.dtype == torch.float32):
+        raise TypeError(
+            f"codebook is {codebook.dtype} and x is {x.dtype}; codebook must have the dtype of x, or be float32 with "
+            "float16 or bfloat16 x"
+        )
+    if x.device != codebook.device:
+        raise ValueError(f"x is on {x.device} and codebook on {codebook.device}; they must be on one device")

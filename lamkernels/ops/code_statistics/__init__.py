@@ -1,0 +1,1 @@
+"""code_statistics: how many rows chose each code, and their sum."""

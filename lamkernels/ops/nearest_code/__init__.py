@@ -1,0 +1,1 @@
+"""nearest_code: the index of the nearest code of each row."""

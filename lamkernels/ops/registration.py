@@ -1,0 +1,57 @@
+"""How an operator meets torch: one helper for the schema and kernels, one for vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamkernels.backend import load_kernel
+
+NAMESPACE = "lamkernels"
+
+
+def register(name: str, folder: str, schema: str, fake: Callable[..., Any]) -> Any:
+    """Defines ``lamkernels::<name>`` and returns it.
+
+    The last argument of every operator is ``str backend``. The kernel is the function ``name`` in
+    ``lamkernels/ops/<folder>/<backend>.py``, picked on each call, so that one graph runs wherever it is loaded.
+
+    Nothing is registered for autocast: an operator without a rule sees its inputs as they are, which is what
+    bf16 rows with an fp32 codebook need.
+    """
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema)
+
+    def kernel(*args: Any) -> Any:
+        *inputs, backend = args
+        return load_kernel(folder, name, backend, inputs[0].device)(*inputs)
+
+    torch.library.impl(qualified, ("CPU", "CUDA"))(kernel)
+    torch.library.register_fake(qualified)(lambda *args: fake(*args[:-1]))
+    operator = getattr(torch.ops.lamkernels, name)
+    torch.library.register_vmap(qualified, _fold_into_heads(operator))
+    return operator
+
+
+def _fold_into_heads(operator: Any) -> Callable[..., Any]:
+    """The batching rule of every operator: a vmapped axis is more heads.
+
+    Each tensor argument and result has the head axis first, so (B, H, ...) folds to (B·H, ...) and back. An argument
+    that is not batched is expanded, which copies nothing while H = 1.
+    """
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        def fold(arg: Any, dim: int | None) -> Any:
+            if not isinstance(arg, Tensor):
+                return arg
+            batched = arg.movedim(dim, 0) if dim is not None else arg.expand(info.batch_size, *arg.shape)
+            return batched.flatten(0, 1)
+
+        outputs = operator(*(fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+        unfolded = tuple(out.unflatten(0, (info.batch_size, -1)) for out in outputs)
+        return unfolded, (0,) * len(unfolded)
+
+    return rule
