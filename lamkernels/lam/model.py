@@ -1,0 +1,249 @@
+"""The reference latent action model: inverse dynamics, a bottleneck, a forward model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamkernels.lam.objectives import motion_weighted_mse
+from lamkernels.lam.stock import StockVectorQuantize
+from lamkernels.nn import VectorQuantize
+
+BOTTLENECKS = ("vq", "stock-vq", "gaussian", "none")
+FORWARD_MODELS = ("unet", "conv")
+
+
+@dataclass(frozen=True)
+class LAMConfig:
+    """The shape of a :class:`LatentActionModel` and of its loss.
+
+    Attributes:
+        size: S, height and width of a frame, pixels; a multiple of 16.
+        channels: C of a frame.
+        width: channels of the first convolution; the deeper ones have 2, 3 and 3 times as many.
+        tokens: latent action tokens per transition.
+        latent_dim: D of a token.
+        bottleneck: "vq" (:class:`lamkernels.VectorQuantize`), "stock-vq" (the same in plain torch), "gaussian" or
+            "none".
+        codebook_size: K, for the VQ bottlenecks; all tokens share one codebook.
+        decay: of the codebook's moving averages.
+        dead_code_threshold: codes whose moving count falls below it are replaced by rows of the batch.
+        commitment_weight: of the VQ commitment loss in the bottleneck's loss.
+        kl_weight: of the Gaussian bottleneck's divergence.
+        forward_model: "unet", or "conv": the same without skip connections.
+        motion_weight: see :func:`lamkernels.lam.objectives.motion_weighted_mse`.
+    """
+
+    size: int = 64
+    channels: int = 3
+    width: int = 32
+    tokens: int = 4
+    latent_dim: int = 32
+    bottleneck: str = "vq"
+    codebook_size: int = 8
+    decay: float = 0.95
+    dead_code_threshold: float = 1.0
+    commitment_weight: float = 0.25
+    kl_weight: float = 1e-4
+    forward_model: str = "unet"
+    motion_weight: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.size < 16 or self.size % 16:
+            raise ValueError(f"size is {self.size}; it must be a multiple of 16")
+        for name in ("channels", "width", "tokens", "latent_dim", "codebook_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("commitment_weight", "kl_weight", "motion_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        for name, allowed in (("bottleneck", BOTTLENECKS), ("forward_model", FORWARD_MODELS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, allowed))}"
+                )
+
+
+class LAMOutput(NamedTuple):
+    """One forward of a :class:`LatentActionModel`.
+
+    Attributes:
+        prediction: (B, C, S, S) float: the predicted next frame, in [0, 1] pixel units (not clamped).
+        latent: (B, tokens, D) float: the latent action, behind the bottleneck.
+        indices: (B, tokens) int64: its codes; None without a codebook.
+        reconstruction_loss: () float.
+        bottleneck_loss: () float, already weighted.
+    """
+
+    prediction: Tensor
+    latent: Tensor
+    indices: Tensor | None
+    reconstruction_loss: Tensor
+    bottleneck_loss: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """() float: what training minimises."""
+        return self.reconstruction_loss + self.bottleneck_loss
+
+
+class NoBottleneck(nn.Module):
+    """x (..., D) -> x, None, 0."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
+        return x, None, x.new_zeros(())
+
+
+class GaussianBottleneck(nn.Module):
+    """A diagonal Gaussian with a standard normal prior (Kingma and Welling 2014).
+
+    x (..., D) -> latent (..., D), None, weight · KL, the divergence summed over D and averaged over the rest. In
+    training the latent is a sample, in evaluation the mean.
+    """
+
+    def __init__(self, dim: int, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.moments = nn.Linear(dim, 2 * dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
+        mean, log_variance = self.moments(x).chunk(2, dim=-1)
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1).mean()
+        latent = mean + torch.randn_like(mean) * (0.5 * log_variance).exp() if self.training else mean
+        return latent, None, self.weight * divergence
+
+
+class InverseDynamics(nn.Module):
+    """Two frames (B, C, S, S) -> x (B, tokens, D): strided convolutions over both frames and their difference."""
+
+    def __init__(self, config: LAMConfig) -> None:
+        super().__init__()
+        w = config.width
+        widths = (3 * config.channels, w, 2 * w, 3 * w, 3 * w)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.shape = (config.tokens, config.latent_dim)
+        self.head = nn.Linear(3 * w * (config.size // 16) ** 2, config.tokens * config.latent_dim)
+
+    def forward(self, frame: Tensor, next_frame: Tensor) -> Tensor:
+        hidden = torch.cat([frame, next_frame, next_frame - frame], dim=1)
+        for convolution in self.convolutions:
+            hidden = F.silu(convolution(hidden))
+        return self.head(hidden.flatten(1)).unflatten(1, self.shape)
+
+
+class ForwardModel(nn.Module):
+    """A frame (B, C, S, S) and a latent action (B, tokens, D) -> the change of the frame (B, C, S, S).
+
+    A convolutional encoder and decoder; the latent scales and shifts the channels of the innermost layer and of every
+    decoder stage (FiLM). ``skips`` makes it a U-Net. The last layer starts at zero, so training starts from
+    "nothing moves".
+    """
+
+    def __init__(self, config: LAMConfig, *, skips: bool) -> None:
+        super().__init__()
+        w, latent = config.width, config.tokens * config.latent_dim
+        self.skips = skips
+        self.down = nn.ModuleList(
+            nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in ((config.channels, w), (w, 2 * w), (2 * w, 3 * w))
+        )
+        self.middle = nn.Conv2d(3 * w, 3 * w, 3, padding=1)
+        self.up = nn.ModuleList(
+            # PixelShuffle, not interpolation: its backward is deterministic on GPUs too
+            nn.Sequential(nn.Conv2d(a, 4 * b, 3, padding=1), nn.PixelShuffle(2))
+            for a, b in ((3 * w, 2 * w), (2 * w * (1 + skips), w))
+        )
+        self.films = nn.ModuleList(nn.Linear(latent, 2 * width) for width in (3 * w, 2 * w, w))
+        self.last = nn.Sequential(
+            nn.Conv2d(w * (1 + skips), 4 * config.channels, 3, padding=1), nn.PixelShuffle(2)
+        )
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, frame: Tensor, latent: Tensor) -> Tensor:
+        z = latent.flatten(1)
+        hidden, kept = frame, []
+        for down in self.down:
+            hidden = F.silu(down(hidden))
+            kept.append(hidden)
+        hidden = F.silu(_film(self.middle(hidden), self.films[0](z)))
+        for up, film, skip in zip(self.up, self.films[1:], kept[-2::-1], strict=True):
+            hidden = F.silu(_film(up(hidden), film(z)))
+            if self.skips:
+                hidden = torch.cat([hidden, skip], dim=1)
+        change: Tensor = self.last(hidden)
+        return change
+
+
+def _film(hidden: Tensor, scale_shift: Tensor) -> Tensor:
+    scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)
+    return hidden * (1 + scale) + shift
+
+
+def make_bottleneck(config: LAMConfig) -> nn.Module:
+    """The bottleneck named by ``config``: any module with ``latent, indices or None, loss = bottleneck(x)`` will do."""
+    if config.bottleneck == "none":
+        return NoBottleneck()
+    if config.bottleneck == "gaussian":
+        return GaussianBottleneck(config.latent_dim, config.kl_weight)
+    kind = VectorQuantize if config.bottleneck == "vq" else StockVectorQuantize
+    return kind(
+        config.latent_dim,
+        config.codebook_size,
+        decay=config.decay,
+        init="kmeans",
+        dead_code_threshold=config.dead_code_threshold,
+        commitment_weight=config.commitment_weight,
+    )
+
+
+class LatentActionModel(nn.Module):
+    """z = bottleneck(inverse dynamics(o, o')), ô' = o + forward model(o, z); the loss compares ô' with o'.
+
+    Args:
+        config: shape and loss.
+        bottleneck: replaces the one named by ``config``; ``latent, indices or None, loss = bottleneck(x)`` for
+            x (B, tokens, D) float.
+
+    Shape:
+        frame, next_frame (B, C, S, S), uint8 in [0, 255] or floating point in [0, 1] -> :class:`LAMOutput`.
+
+    Raises:
+        ValueError: a frame does not have the shape that ``config`` names.
+    """
+
+    def __init__(self, config: LAMConfig | None = None, bottleneck: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config or LAMConfig()
+        self.inverse_dynamics = InverseDynamics(self.config)
+        self.forward_model = ForwardModel(self.config, skips=self.config.forward_model == "unet")
+        self.bottleneck = make_bottleneck(self.config) if bottleneck is None else bottleneck
+
+    def forward(self, frame: Tensor, next_frame: Tensor) -> LAMOutput:
+        frame, next_frame = self._pixels("frame", frame), self._pixels("next_frame", next_frame)
+        latent, indices, bottleneck_loss = self.bottleneck(self.inverse_dynamics(frame, next_frame))
+        prediction = frame + self.forward_model(frame, latent)
+        loss = motion_weighted_mse(prediction, next_frame, frame, self.config.motion_weight)
+        return LAMOutput(prediction, latent, indices, loss, bottleneck_loss)
+
+    def encode(self, frame: Tensor, next_frame: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The latent action (B, tokens, D) between two frames and its codes (B, tokens) int64, if it has any."""
+        x = self.inverse_dynamics(self._pixels("frame", frame), self._pixels("next_frame", next_frame))
+        latent, indices, _ = self.bottleneck(x)
+        return latent, indices
+
+    def predict(self, frame: Tensor, latent: Tensor) -> Tensor:
+        """The next frame (B, C, S, S) under a latent action (B, tokens, D), in [0, 1] pixel units (not clamped)."""
+        frame = self._pixels("frame", frame)
+        return frame + self.forward_model(frame, latent)
+
+    def _pixels(self, name: str, frame: Tensor) -> Tensor:
+        wanted = (self.config.channels, self.config.size, self.config.size)
+        if frame.ndim != 4 or frame.shape[1:] != wanted:
+            raise ValueError(f"{name} has shape {tuple(frame.shape)}; it must be (B, {', '.join(map(str, wanted))})")
+        return frame.float() / 255 if frame.dtype == torch.uint8 else frame

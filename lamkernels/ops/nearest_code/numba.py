@@ -1,0 +1,381 @@
+"""nearest_code on the CPU: blocks of rows packed transposed, scored against tiles of codes by :mod:`simd`.
+
+The fast path computes ½‖c−μ‖² − (x−μ)·(c−μ) in fp32 (fp64 for fp64 rows). Rows that it must not decide, because an
+entry is not finite or so large that a product could overflow, are marked while they are packed and scanned in fp64.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import carray, cfunc, njit, types
+from torch import Tensor
+
+from lamkernels.ops.parallel import launch
+from lamkernels.ops.simd import (
+    BITS,
+    NARROW,
+    WIDE,
+    at,
+    fetch_add,
+    micro_narrow,
+    micro_wide,
+    pack,
+    view,
+    widen,
+)
+
+FLAGS: dict[str, Any] = {
+    "cache": True,
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract"},  # not nnan or ninf: NaN and infinity have meanings here
+}
+KERNEL = types.void(types.CPointer(types.int64))
+ROW_BYTES, PANEL_BYTES = 128 * 1024, 192 * 1024  # of packed rows and of codes: together they stay in a 512 KiB cache
+CHUNKS, MIN_CHUNK, MAX_CHUNK = 32, 256, 4096  # tasks, and rows in each: a function of the shape, never of the threads
+
+
+@functools.cache
+def compiled(kernel: Any) -> Any:
+    """The C function of a kernel, compiled on its first use and then taken from Numba's cache on disk."""
+    return cfunc(KERNEL, cache=True, nopython=True)(kernel)
+
+
+class Codes(NamedTuple):
+    """One codebook as :func:`prepare` leaves it, in the type the scores are computed in."""
+
+    mean: Any  # [D]
+    limit: Any  # [1]
+    half_norm: Any  # [K padded]
+    finite: Any  # [K padded], 1 or 0
+    packed: Any  # [K padded / tile, D, tile]
+
+
+@njit(**FLAGS)
+def prepare(codebook, euclidean, tile, codes):  # type: ignore[no-untyped-def]
+    """Centres, negates and packs one codebook (K, D) into tiles [D, tile].
+
+    μ is the mean of the finite codes, each entry rounded to a multiple of 2^⌈log2 rms⌉ of its column: 0 for ordinary
+    codebooks, dyadic for data with an offset, so that exact ties of integer data stay exact. Without ``euclidean``,
+    μ and the norms are 0. ``limit`` is the entry from which on a row is left to the fp64 scan.
+    """
+    num_codes, dim = codebook.shape
+    count = 0
+    for k in range(codes.finite.shape[0]):
+        check = np.nan
+        if k < num_codes:
+            check = 0.0
+            for d in range(dim):
+                check += codebook[k, d] * 0.0  # NaN from a NaN or an infinity
+        codes.finite[k] = check == 0.0
+        count += check == 0.0
+    codes.mean[:] = 0.0
+    if euclidean and count > 0:
+        _rounded_mean(codebook, codes.finite, count, codes.mean)
+    largest, largest_norm = 0.0, 0.0
+    for k in range(codes.finite.shape[0]):
+        first = (k // tile) * tile * dim + k % tile
+        norm = 0.0
+        for d in range(dim):
+            entry = codebook[k, d] - codes.mean[d] if codes.finite[k] else codes.mean[d] * 0
+            codes.packed[first + d * tile] = -entry
+            norm += np.float64(entry) * np.float64(entry)
+            largest = max(largest, abs(np.float64(entry)))
+        largest_norm = max(largest_norm, norm)
+        codes.half_norm[k] = np.inf
+        if codes.finite[k]:
+            codes.half_norm[k] = 0.5 * norm if euclidean else 0.0
+    huge, tiny = (1e300, 1e-140) if codes.mean.itemsize == 8 else (1e37, 1e-15)
+    codes.limit[0] = huge / (dim * max(largest, 1.0))
+    if largest_norm > huge or 0.0 < largest < tiny:
+        codes.limit[0] = 0.0  # the norms overflow or vanish: fp64 decides every row
+
+
+@njit(**FLAGS)
+def _rounded_mean(codebook, finite, count, mean):  # type: ignore[no-untyped-def]
+    num_codes, dim = codebook.shape
+    centre, square = np.zeros(dim, np.float64), np.zeros(dim, np.float64)
+    for k in range(num_codes):
+        if finite[k]:
+            for d in range(dim):
+                centre[d] += codebook[k, d]
+    for d in range(dim):
+        centre[d] /= count
+    for k in range(num_codes):
+        if finite[k]:
+            for d in range(dim):
+                square[d] += (codebook[k, d] - centre[d]) ** 2
+    for d in range(dim):
+        rms = np.sqrt(square[d] / count)
+        if rms > 0.0 and rms < np.inf:
+            unit = 2.0 ** np.ceil(np.log2(rms))
+            mean[d] = np.rint(centre[d] / unit) * unit
+        else:
+            mean[d] = centre[d]
+
+
+@njit(**FLAGS)
+def nearest_in_fp64(x, codebook, finite, euclidean):  # type: ignore[no-untyped-def]
+    """The index of the nearest code of one row (D,) by fp64 differences; −1 if the row or every code is not finite."""
+    num_codes, dim = codebook.shape
+    check = 0.0
+    for d in range(dim):
+        check += widen(x[d]) * 0.0
+    if check != 0.0:
+        return -1
+    best, index = np.inf, -1
+    for k in range(num_codes):
+        if finite[k]:
+            score = score_in_fp64(x, codebook[k], euclidean)
+            if score < best or index < 0:
+                best, index = score, k
+    return index
+
+
+@njit(**FLAGS)
+def score_in_fp64(x, code, euclidean):  # type: ignore[no-untyped-def]
+    """Σ(x − c)², or −x·c, of one row and one code."""
+    score = 0.0
+    if euclidean:
+        for d in range(code.shape[0]):
+            score += (np.float64(widen(x[d])) - np.float64(code[d])) ** 2
+    else:
+        for d in range(code.shape[0]):
+            score -= np.float64(widen(x[d])) * np.float64(code[d])
+    return score
+
+
+@njit(**FLAGS)
+def scan(x, stride, first, stop, last, codebook, codes, options, scratch, out):  # type: ignore[no-untyped-def]
+    """Writes the nearest codes of the rows [first, stop), at most a block of them, to out[first:stop].
+
+    x: the elements of one head; row n starts at n · stride, and none past ``last`` is read. options: (euclidean,
+    exact, narrow, panel). scratch: (packed rows, best, index, bad) of :func:`make_scratch`.
+    """
+    euclidean, exact, narrow, panel = options
+    packed, best, index, bad = scratch
+    dim, width = codebook.shape[1], BITS // (8 * best.itemsize)
+    vectors, tile = NARROW if narrow else WIDE
+    rows = vectors * width
+    tiles = 0 if exact else (stop - first + rows - 1) // rows
+    bad[: stop - first] = exact
+    best[: tiles * rows] = np.inf
+    index[: tiles * rows] = 0
+    for i in range(tiles):
+        for r in range(vectors):
+            lane = i * rows + r * width
+            to = at(packed, i * rows * dim + r * width)
+            pack(at(x, 0), stride, first + lane, last, dim, at(codes.mean, 0), codes.limit[0], to, rows, at(bad, lane))
+    for start in range(0, codes.finite.shape[0], panel):
+        end = min(start + panel, codes.finite.shape[0])
+        for i in range(tiles):
+            t, b, j = at(packed, i * rows * dim), at(best, i * rows), at(index, i * rows)
+            for k in range(start, end, tile):
+                if narrow:
+                    micro_narrow(t, at(codes.packed, k * dim), at(codes.half_norm, k), dim, k, b, j)
+                else:
+                    micro_wide(t, at(codes.packed, k * dim), at(codes.half_norm, k), dim, k, b, j)
+    for n in range(stop - first):
+        if bad[n]:
+            at_row = (first + n) * stride
+            out[first + n] = nearest_in_fp64(x[at_row : at_row + dim], codebook, codes.finite, euclidean)
+        else:
+            out[first + n] = index[n]
+
+
+@njit(**FLAGS)
+def make_scratch(block, dim, codes):  # type: ignore[no-untyped-def]
+    """What :func:`scan` works in: one a thread, reused for all its blocks."""
+    dtype = codes.mean.dtype
+    return np.empty(block * dim, dtype), np.empty(block, dtype), np.empty(block, np.int32), np.empty(block, np.uint8)
+
+
+# Every kernel gets one array of int64. It begins with what the lookup needs, in the order of `lookup_parameters`;
+# what an operator adds comes behind, from element LOOKUP on.
+LOOKUP = 20
+
+
+@njit(**FLAGS)
+def codes_of_head(a, head, computed):  # type: ignore[no-untyped-def]
+    """The codebook (K, D) of a head and its prepared form, from the parameters."""
+    num_codes, dim, padded = a[9], a[10], a[11]
+    codebook = carray(view(a[5], head * a[6], computed), (num_codes, dim))
+    size = dim + 1 + padded * (2 + dim)
+    space = elements(a[7], head * size, size, computed)
+    at_norm = dim + 1
+    codes = Codes(
+        space[:dim],
+        space[dim:at_norm],
+        space[at_norm : at_norm + padded],
+        space[at_norm + padded : at_norm + 2 * padded],
+        space[at_norm + 2 * padded :],
+    )
+    return codebook, codes
+
+
+@njit(**FLAGS)
+def elements(address, offset, count, stored):  # type: ignore[no-untyped-def]
+    """``count`` elements of the type of ``stored``, from ``offset`` elements past an address."""
+    return carray(view(address, offset, stored), (count,))
+
+
+@njit(**FLAGS)
+def rows_of_head(a, head, stored):  # type: ignore[no-untyped-def]
+    """The elements that the rows of a head span; row n starts at n · a[4]."""
+    return elements(a[2], head * a[3], max(a[8] - 1, 0) * a[4] + a[10], stored)
+
+
+@njit(**FLAGS)
+def _prepare_heads(p, computed):  # type: ignore[no-untyped-def]
+    a = carray(p, (LOOKUP,))
+    while True:
+        head = fetch_add(a, 0)
+        if head >= a[19]:
+            return
+        codebook, codes = codes_of_head(a, head, computed)
+        prepare(codebook, a[12] != 0, (NARROW if a[14] else WIDE)[1], codes)
+
+
+@njit(**FLAGS)
+def _nearest_chunks(p, stored, computed):  # type: ignore[no-untyped-def]
+    a = carray(p, (LOOKUP + 2,))
+    rows, stride, dim, chunk, block = a[8], a[4], a[10], a[15], a[16]
+    chunks = (rows + chunk - 1) // chunk
+    _, codes = codes_of_head(a, 0, computed)
+    scratch = make_scratch(block, dim, codes)
+    while True:
+        task = fetch_add(a, 0)
+        if task >= chunks * a[19]:
+            return
+        head, first = task // chunks, task % chunks * chunk
+        codebook, codes = codes_of_head(a, head, computed)
+        x = rows_of_head(a, head, stored)
+        out = elements(a[18], head * rows, rows, np.int64(0))
+        options = a[12] != 0, a[13] != 0, a[14] != 0, a[17]
+        for start in range(first, min(first + chunk, rows), block):
+            stop = min(start + block, first + chunk, rows)
+            scan(x, stride, start, stop, rows - 1, codebook, codes, options, scratch, out)
+            if a[LOOKUP] != 0:
+                distance = elements(a[LOOKUP], head * rows, rows, computed)
+                for n in range(start, stop):
+                    distance[n] = np.nan
+                    if out[n] >= 0:
+                        score = score_in_fp64(x[n * stride : n * stride + dim], codebook[out[n]], options[0])
+                        distance[n] = score if options[0] else -score
+
+
+# The scalar whose type stands for a stored dtype: bf16 and fp16 travel as bit patterns.
+F32, F64, BITS_BF16, BITS_F16 = np.float32(0), np.float64(0), np.uint16(0), np.int16(0)
+
+
+def _prepare_f32(p):  # type: ignore[no-untyped-def]
+    _prepare_heads(p, F32)
+
+
+def _prepare_f64(p):  # type: ignore[no-untyped-def]
+    _prepare_heads(p, F64)
+
+
+def _nearest_f32(p):  # type: ignore[no-untyped-def]
+    _nearest_chunks(p, F32, F32)
+
+
+def _nearest_f64(p):  # type: ignore[no-untyped-def]
+    _nearest_chunks(p, F64, F64)
+
+
+def _nearest_bf16(p):  # type: ignore[no-untyped-def]
+    _nearest_chunks(p, BITS_BF16, F32)
+
+
+def _nearest_f16(p):  # type: ignore[no-untyped-def]
+    _nearest_chunks(p, BITS_F16, F32)
+
+
+_PREPARE = {torch.float32: _prepare_f32, torch.float64: _prepare_f64}
+_NEAREST = {
+    torch.float32: _nearest_f32,
+    torch.float64: _nearest_f64,
+    torch.bfloat16: _nearest_bf16,
+    torch.float16: _nearest_f16,
+}
+
+
+class Lookup(NamedTuple):
+    """A lookup ready to launch: the codebook is prepared. The tensors are held because the parameters point at them."""
+
+    parameters: list[int]
+    tasks: int
+    work: int
+    tensors: tuple[Tensor, ...]
+
+
+def prepare_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out: Tensor) -> Lookup:
+    """Lays out the parameters and prepares the codebook of every head.
+
+    Args:
+        x: (H, N, D).
+        codebook: (H, K, D).
+        metric: "l2" or "dot".
+        precision: "exact" sends every row to the fp64 scan; "fast" is "default" here.
+        out: (H, N) int64, contiguous: where the indices go.
+    """
+    (heads, rows, dim), num_codes = x.shape, codebook.shape[1]
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    computed = torch.float64 if x.dtype == torch.float64 else torch.float32
+    codebook = codebook.to(computed)
+    if codebook.stride()[1:] != (dim, 1):
+        codebook = codebook.contiguous()
+    itemsize = computed.itemsize
+    # the tile that pads K less; the wide one, which loads less, where they pad alike
+    narrow = -num_codes % NARROW[1] < -num_codes % WIDE[1]
+    vectors, tile = NARROW if narrow else WIDE
+    padded = num_codes + -num_codes % tile
+    tile_rows = vectors * (BITS // (8 * itemsize))
+    panel = max(tile, PANEL_BYTES // (dim * itemsize) // tile * tile)
+    chunk = min(max(-(-rows // CHUNKS), MIN_CHUNK), MAX_CHUNK)
+    chunk += -chunk % tile_rows
+    # one tile of rows meets all codes while it is in the first cache; where the codes do not fit in the second, more
+    block = tile_rows if panel >= padded else min(chunk, max(1, ROW_BYTES // (dim * itemsize * tile_rows)) * tile_rows)
+    workspace = torch.empty(heads, dim + 1 + padded * (2 + dim), dtype=computed)
+    parameters = [
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        codebook.data_ptr(),
+        codebook.stride(0),
+        workspace.data_ptr(),
+        rows,
+        num_codes,
+        dim,
+        padded,
+        metric == "l2",
+        precision == "exact",
+        narrow,
+        chunk,
+        block,
+        panel,
+        out.data_ptr(),
+        heads,
+    ]
+    launch(compiled(_PREPARE[computed]), parameters, heads, heads * num_codes * dim)
+    tasks = heads * -(-rows // chunk)
+    return Lookup(parameters, tasks, heads * rows * padded * dim, (x, codebook, workspace))
+
+
+def nearest_code(
+    x: Tensor, codebook: Tensor, metric: str, precision: str, return_distance: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`lamkernels.nearest_code`. ``x`` (H, N, D), ``codebook`` (H, K, D); metric "l2" or "dot"."""
+    heads, rows, _ = x.shape
+    indices = torch.empty((heads, rows), dtype=torch.int64)
+    distance_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    distance = torch.empty((heads, rows if return_distance else 0), dtype=distance_dtype)
+    lookup = prepare_lookup(x, codebook, metric, precision, indices)
+    parameters = [*lookup.parameters, distance.data_ptr() if return_distance else 0, 0]
+    launch(compiled(_NEAREST[x.dtype]), parameters, lookup.tasks, lookup.work)
+    return indices, distance

@@ -1,0 +1,326 @@
+"""nearest_code in Triton.
+
+A codebook that fits one tile stays resident in persistent programs that compute its centre and norms themselves: one
+launch. A larger one is first made ready (centred, padded, its norms), then streamed tile by tile. "exact" and fp64
+rows are a plain fp64 scan. Rows whose fp32 arithmetic might overflow are scanned again in fp64 by the same program.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lamkernels import tuning
+from lamkernels.ops.triton_common import (
+    Arithmetic,
+    arithmetic,
+    chosen_score,
+    grid_centre,
+    is_finite,
+    nearest_resident,
+    on_device,
+    persistent_programs,
+    product_limit,
+    resident_codes,
+    scan_exactly,
+    unit_inner,
+)
+
+CODES_PER_PROGRAM = 16  # of the kernels that make the codebook ready
+
+
+@triton.jit
+def code_flags_kernel(
+    codebook: Any, flags: Any, num_codes: Any, dim: Any, stride_h: Any, stride_k: Any, tiles: Any,
+    BK: tl.constexpr, BD: tl.constexpr,
+) -> None:  # fmt: skip
+    """flags (H, K) int8: 1 for a finite code."""
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    k = (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)
+    row = codebook + head * stride_h + k.to(tl.int64) * stride_k
+    finite = k < num_codes
+    for start in range(0, dim, BD):
+        d = start + tl.arange(0, BD)
+        inside = (k < num_codes)[:, None] & (d < dim)[None, :]  # [BK, BD]
+        entry = tl.load(row[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        finite = finite & (tl.min(is_finite(entry).to(tl.int32), axis=1) > 0)
+    tl.store(flags + head * num_codes + k, finite.to(tl.int8), mask=k < num_codes)
+
+
+@triton.jit
+def column_centre_kernel(
+    codebook: Any, flags: Any, centre: Any, num_codes: Any, dim: Any, padded_dim: Any, stride_h: Any, stride_k: Any,
+    tiles: Any, BK: tl.constexpr, BD: tl.constexpr,
+) -> None:  # fmt: skip
+    """centre (H, padded D) fp32: see grid_centre."""
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    d = (tl.program_id(0) % tiles) * BD + tl.arange(0, BD)
+    column = codebook + head * stride_h + d
+    count = tl.zeros([BK], tl.float32)
+    total = tl.zeros([BK, BD], tl.float32)
+    for start in range(0, num_codes, BK):
+        k = start + tl.arange(0, BK)
+        finite = tl.load(flags + head * num_codes + k, mask=k < num_codes, other=0) > 0
+        inside = finite[:, None] & (d < dim)[None, :]  # [BK, BD]
+        count += finite.to(tl.float32)
+        total += tl.load(column[None, :] + k.to(tl.int64)[:, None] * stride_k, mask=inside, other=0.0).to(tl.float32)
+    size = tl.maximum(tl.sum(count, axis=0), 1.0)
+    mean = tl.sum(total, axis=0) / size  # [BD]
+    square = tl.zeros([BK, BD], tl.float32)
+    for start in range(0, num_codes, BK):
+        k = start + tl.arange(0, BK)
+        finite = tl.load(flags + head * num_codes + k, mask=k < num_codes, other=0) > 0
+        inside = finite[:, None] & (d < dim)[None, :]
+        code = tl.load(column[None, :] + k.to(tl.int64)[:, None] * stride_k, mask=inside, other=0.0).to(tl.float32)
+        deviation = tl.where(inside, code - mean[None, :], 0.0)
+        square += deviation * deviation
+    tl.store(centre + head * padded_dim + d, grid_centre(mean, tl.sum(square, axis=0) / size), mask=d < padded_dim)
+
+
+@triton.jit
+def centred_codes_kernel(
+    codebook: Any, flags: Any, centre: Any, codes: Any, norms: Any, largest: Any,
+    num_codes: Any, dim: Any, padded_codes: Any, padded_dim: Any, stride_h: Any, stride_k: Any, tiles: Any,
+    CENTRE: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+) -> None:  # fmt: skip
+    """codes (H, padded K, padded D): the centred code, 0 where not finite; norms fp64 and largest |entry| fp32 (H, padded K)."""
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    k = (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)
+    finite = tl.load(flags + head * num_codes + k, mask=k < num_codes, other=0) > 0
+    out = (head * padded_codes + k) * padded_dim  # [BK]
+    norm = tl.zeros([BK], tl.float64)
+    top = tl.zeros([BK], tl.float32)
+    for start in range(0, padded_dim, BD):
+        d = start + tl.arange(0, BD)
+        inside = finite[:, None] & (d < dim)[None, :]  # [BK, BD]
+        source = codebook + head * stride_h + k.to(tl.int64)[:, None] * stride_k + d[None, :]
+        code = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        middle = tl.zeros([BD], tl.float32)
+        if CENTRE:
+            middle = tl.load(centre + head * padded_dim + d)
+        exact = tl.where(inside, code.to(tl.float64) - middle.to(tl.float64)[None, :], 0.0)
+        norm += tl.sum(exact * exact, axis=1)
+        centred = tl.where(inside, code - middle[None, :], 0.0)
+        top = tl.maximum(top, tl.max(tl.abs(centred), axis=1))
+        tl.store(codes + out[:, None] + d[None, :], centred.to(codes.dtype.element_ty))
+    tl.store(norms + head * padded_codes + k, tl.where(finite, norm * 0.5, float("inf")))
+    tl.store(largest + head * padded_codes + k, top)
+
+
+@triton.jit
+def relative_norms_kernel(
+    norms: Any, largest: Any, half_norm: Any, limit: Any, dim: Any, padded_codes: Any, L2: tl.constexpr, BK: tl.constexpr
+) -> None:
+    """half_norm (H, padded K) fp32: norms less the smallest one, +inf for a code that is not finite; limit (H,)."""
+    head = tl.program_id(0).to(tl.int64)
+    smallest = tl.full([BK], float("inf"), tl.float64)
+    norm_top = tl.zeros([BK], tl.float32)
+    code_top = tl.zeros([BK], tl.float32)
+    for start in range(0, padded_codes, BK):
+        k = start + tl.arange(0, BK)
+        norm = tl.load(norms + head * padded_codes + k, mask=k < padded_codes, other=float("inf"))
+        smallest = tl.minimum(smallest, norm)
+        norm_top = tl.maximum(norm_top, tl.where(is_finite(norm), norm, 0.0).to(tl.float32))
+        code_top = tl.maximum(code_top, tl.load(largest + head * padded_codes + k, mask=k < padded_codes, other=0.0))
+    base = tl.min(smallest, axis=0)
+    for start in range(0, padded_codes, BK):
+        k = start + tl.arange(0, BK)
+        norm = tl.load(norms + head * padded_codes + k, mask=k < padded_codes, other=float("inf"))
+        relative = tl.where(is_finite(norm), norm - base, 0.0).to(tl.float32)
+        if not L2:
+            relative = tl.zeros([BK], tl.float32)
+        relative = tl.where(is_finite(norm), relative, float("inf"))
+        tl.store(half_norm + head * padded_codes + k, relative, mask=k < padded_codes)
+    tl.store(limit + head, product_limit(tl.max(code_top, axis=0), tl.max(norm_top, axis=0), dim))
+
+
+@triton.jit
+def nearest_code_resident_kernel(
+    x: Any, codebook: Any, indices: Any, distance: Any, num_rows: Any, num_codes: Any, dim: Any,
+    x_h: Any, x_n: Any, c_h: Any, c_k: Any, tiles: Any, programs: Any,
+    L2: tl.constexpr, EXACT: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
+    DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+) -> None:  # fmt: skip
+    head = (tl.program_id(0) // programs).to(tl.int64)
+    codebook += head * c_h
+    codes, centre, half_norm, limit = resident_codes(codebook, c_k, num_codes, dim, L2, CENTRE, NATIVE, BK, BD)
+    d = tl.arange(0, BD)
+    for tile in range(tl.program_id(0) % programs, tiles, programs):
+        row = tl.cast(tile, tl.int64) * BN + tl.arange(0, BN)
+        present = row < num_rows
+        rows = x + head * x_h + row * x_n
+        entries = tl.load(rows[:, None] + d[None, :], mask=present[:, None] & (d < dim)[None, :], other=0.0)  # [BN, BD]
+        index, again = nearest_resident(entries, codes, centre, half_norm, limit, CENTRE, NATIVE, DOT, BK)
+        store_nearest(
+            index, again & present, rows, row, present, codebook, c_k, indices + head * num_rows,
+            distance + head * num_rows, num_codes, dim, L2, DISTANCE, BN, 16, BD,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_nearest(
+    index: Any, again: Any, rows: Any, row: Any, present: Any, codebook: Any, stride: Any, indices: Any, distance: Any,
+    num_codes: Any, dim: Any, L2: tl.constexpr, DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+) -> None:  # fmt: skip
+    """Decides the rows marked ``again`` in fp64, then stores the index and, where asked for, the score of each row."""
+    best = tl.zeros([BN], tl.float64)
+    if tl.max(again.to(tl.int32), axis=0) > 0:
+        scanned, best = scan_exactly(rows, again, codebook, stride, num_codes, dim, L2, BN, BK)
+        index = tl.where(again, scanned, index)
+    tl.store(indices + row, index.to(tl.int64), mask=present)
+    if DISTANCE:
+        score = chosen_score(rows, tl.where(present, index, -1), codebook, stride, dim, L2, BN, BD)
+        if not L2:
+            best = -best
+        score = tl.where(again, best.to(tl.float32), score)
+        tl.store(distance + row, tl.where(index >= 0, score, float("nan")), mask=present)
+
+
+@triton.jit
+def nearest_code_streamed_kernel(
+    x: Any, codebook: Any, codes: Any, centre: Any, half_norm: Any, limit: Any, indices: Any, distance: Any,
+    num_rows: Any, num_codes: Any, dim: Any, padded_codes: Any, padded_dim: Any,
+    x_h: Any, x_n: Any, c_h: Any, c_k: Any, tiles: Any,
+    L2: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
+    DISTANCE: tl.constexpr, ONE_CHUNK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+) -> None:  # fmt: skip
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    row = (tl.program_id(0) % tiles).to(tl.int64) * BN + tl.arange(0, BN)
+    present = row < num_rows
+    rows = x + head * x_h + row * x_n
+    codes += head * padded_codes * padded_dim
+    half_norm += head * padded_codes
+    centre += head * padded_dim
+    bound = tl.load(limit + head)
+    again = tl.zeros([BN], tl.int32)
+    for start in range(0, dim, BD):
+        entry = centred_rows(rows, present, centre, start, dim, CENTRE, False, BD).to(tl.float32)
+        again = tl.maximum(again, tl.max(tl.where(tl.abs(entry) <= bound, 0, 1), axis=1))
+    best = tl.full([BN], float("inf"), tl.float32)
+    index = tl.full([BN], -1, tl.int32)
+    entry = centred_rows(rows, present, centre, 0, dim, CENTRE, NATIVE, BD)  # [BN, BD]
+    for first in range(0, num_codes, BK):
+        k = first + tl.arange(0, BK)
+        code = codes + k.to(tl.int64)[None, :] * padded_dim  # [1, BK]
+        product = tl.zeros([BN, BK], tl.float32)
+        if ONE_CHUNK:
+            code_tile = tl.load(code + tl.arange(0, BD)[:, None])  # [BD, BK]
+            product = tl.dot(entry, code_tile, product, input_precision=DOT)
+        else:
+            for start in range(0, dim, BD):
+                chunk = centred_rows(rows, present, centre, start, dim, CENTRE, NATIVE, BD)
+                code_tile = tl.load(code + start + tl.arange(0, BD)[:, None])
+                product = tl.dot(chunk, code_tile, product, input_precision=DOT)
+        score = tl.load(half_norm + k)[None, :] - product  # [BN, BK]
+        tile_best = tl.min(score, axis=1)
+        tile_index = tl.min(tl.where(score == tile_best[:, None], k[None, :], 2147483647), axis=1)
+        better = tile_best < best
+        index = tl.where(better, tile_index, index)
+        best = tl.where(better, tile_best, best)
+    store_nearest(
+        index, (again > 0) & present, rows, row, present, codebook + head * c_h, c_k, indices + head * num_rows,
+        distance + head * num_rows, num_codes, dim, L2, DISTANCE, BN, 16, BD,
+    )  # fmt: skip
+
+
+@triton.jit
+def centred_rows(
+    rows: Any, present: Any, centre: Any, start: Any, dim: Any, CENTRE: tl.constexpr, NATIVE: tl.constexpr, BD: tl.constexpr
+) -> Any:
+    d = start + tl.arange(0, BD)
+    entry = tl.load(rows[:, None] + d[None, :], mask=present[:, None] & (d < dim)[None, :], other=0.0)
+    if not NATIVE:
+        entry = entry.to(tl.float32)
+    if CENTRE:
+        entry = entry - tl.load(centre + d)[None, :]
+    return entry
+
+
+@triton.jit
+def nearest_code_exact_kernel(
+    x: Any, codebook: Any, indices: Any, distance: Any, num_rows: Any, num_codes: Any, dim: Any,
+    x_h: Any, x_n: Any, c_h: Any, c_k: Any, tiles: Any,
+    L2: tl.constexpr, DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+) -> None:  # fmt: skip
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    row = (tl.program_id(0) % tiles).to(tl.int64) * BN + tl.arange(0, BN)
+    present = row < num_rows
+    index, best = scan_exactly(
+        x + head * x_h + row * x_n, present, codebook + head * c_h, c_k, num_codes, dim, L2, BN, BK
+    )
+    tl.store(indices + head * num_rows + row, index.to(tl.int64), mask=present)
+    if DISTANCE:
+        if not L2:
+            best = -best
+        score = tl.where(index >= 0, best, float("nan")).to(distance.dtype.element_ty)
+        tl.store(distance + head * num_rows + row, score, mask=present)
+
+
+def nearest_code(
+    x: Tensor, codebook: Tensor, metric: str, precision: str, return_distance: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`lamkernels.nearest_code`. ``x`` (H, N, D), ``codebook`` (H, K, D); metric "l2" or "dot"."""
+    x, codebook = unit_inner(x), unit_inner(codebook)
+    (heads, rows, dim), codes = x.shape, codebook.shape[1]
+    indices = x.new_empty((heads, rows), dtype=torch.int64)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    distance = x.new_empty((heads, rows if return_distance else 0), dtype=wide)
+    if indices.numel() == 0:
+        return indices, distance
+    target = tuning.target_of(x.device)
+    how = arithmetic(x, codebook, metric, precision, target)
+    sizes = (rows, codes, dim)
+    strides = (*x.stride()[:2], *codebook.stride()[:2])
+    tile = tuning.resident(target, *sizes)
+    with on_device(x):
+        if how.exact:
+            tile = tuning.exact(target)
+            tiles = triton.cdiv(rows, tile.rows)
+            nearest_code_exact_kernel[(heads * tiles,)](
+                x, codebook, indices, distance, *sizes, *strides, tiles, metric == "l2", return_distance,
+                tile.rows, tile.codes, num_warps=tile.warps,
+            )  # fmt: skip
+        elif tile is not None:
+            tiles = triton.cdiv(rows, tile.rows)
+            programs = min(tiles, persistent_programs(x.device))
+            nearest_code_resident_kernel[(heads * programs,)](
+                x, codebook, indices, distance, *sizes, *strides, tiles, programs, metric == "l2", *how, return_distance,
+                tile.rows, tile.codes, tile.dim, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+        else:
+            _streamed(x, codebook, indices, distance, metric == "l2", how)
+    return indices, distance
+
+
+def _streamed(x: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor, l2: bool, how: Arithmetic) -> None:
+    (heads, rows, dim), num_codes = x.shape, codebook.shape[1]
+    tile = tuning.streamed(tuning.target_of(x.device), num_codes, dim, x.dtype if how.native else torch.float32)
+    padded = (triton.cdiv(num_codes, tile.codes) * tile.codes, triton.cdiv(dim, tile.dim) * tile.dim)
+    codes = x.new_empty((heads, *padded), dtype=x.dtype if how.native else torch.float32)
+    half_norm, largest = x.new_empty((2, heads, padded[0]), dtype=torch.float32)
+    norms = x.new_empty((heads, padded[0]), dtype=torch.float64)
+    centre = x.new_empty((heads, padded[1]), dtype=torch.float32)
+    limit = x.new_empty((heads,), dtype=torch.float32)
+    flags = x.new_empty((heads, num_codes), dtype=torch.int8)
+    sizes, strides = (num_codes, dim), codebook.stride()[:2]
+    per, entries = CODES_PER_PROGRAM, tile.dim
+    tiles = triton.cdiv(num_codes, per)
+    code_flags_kernel[(heads * tiles,)](codebook, flags, *sizes, *strides, tiles, per, entries)
+    if how.centre:
+        tiles = triton.cdiv(padded[1], 16)
+        column_centre_kernel[(heads * tiles,)](codebook, flags, centre, *sizes, padded[1], *strides, tiles, 128, 16)
+    tiles = padded[0] // per
+    centred_codes_kernel[(heads * tiles,)](
+        codebook, flags, centre, codes, norms, largest, *sizes, *padded, *strides, tiles, how.centre, per, entries
+    )
+    relative_norms_kernel[(heads,)](norms, largest, half_norm, limit, dim, padded[0], l2, 1024)
+    tiles = triton.cdiv(rows, tile.rows)
+    nearest_code_streamed_kernel[(heads * tiles,)](
+        x, codebook, codes, centre, half_norm, limit, indices, distance, rows, num_codes, dim, *padded,
+        *x.stride()[:2], *strides, tiles, l2, how.centre, how.native, how.dot, distance.numel() > 0,
+        dim <= tile.dim, tile.rows, tile.codes, tile.dim, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

@@ -1,0 +1,60 @@
+"""Runs a compiled kernel on torch's own OpenMP threads.
+
+Numba's threading layers bring a second OpenMP runtime into the process, whose idle threads spin against torch's. So
+the kernels are plain C functions of one pointer, ``void kernel(int64 *parameters)``, which draw tasks from a shared
+counter until there is none left, and torch's OpenMP runtime is asked to run them: its threads, its thread count.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIN_WORK_PER_THREAD = 1 << 20  # multiply-adds; below, waking a thread costs more than it brings
+
+_forked_from: list[int] = []  # not empty in a child process of fork, where OpenMP's threads are gone
+os.register_at_fork(after_in_child=lambda: _forked_from.append(os.getppid()))
+
+
+@functools.cache
+def _gomp_parallel() -> Callable[..., None] | None:
+    """``GOMP_parallel`` of the OpenMP runtime that torch is linked to, or None where it has none of that name."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
+    return function  # type: ignore[no-any-return]
+
+
+def threading() -> str:
+    """How many threads the kernels use, in words, for ``lamkernels info``."""
+    if _gomp_parallel() is None:
+        return "1 thread: torch's OpenMP runtime has no GOMP_parallel"
+    return f"{torch.get_num_threads()} threads of torch's OpenMP runtime (torch.set_num_threads)"
+
+
+def launch(kernel: Any, parameters: Sequence[int], tasks: int, work: int) -> None:
+    """Runs ``kernel`` (a Numba cfunc) until its tasks are done; the calling thread takes part.
+
+    Args:
+        kernel: ``void(int64*)``. The array it gets is [0, 0, *parameters]: two counters, of the tasks drawn and done.
+        parameters: addresses, sizes and options.
+        tasks: how many tasks there are, the most threads that can be busy.
+        work: multiply-adds of the call.
+    """
+    array = (ctypes.c_int64 * (len(parameters) + 2))(0, 0, *parameters)
+    threads = min(torch.get_num_threads(), tasks, 1 + work // MIN_WORK_PER_THREAD)
+    parallel = _gomp_parallel() if threads > 1 and not _forked_from else None
+    if parallel is None:
+        kernel.ctypes(ctypes.cast(array, ctypes.POINTER(ctypes.c_int64)))
+    else:
+        parallel(kernel.address, ctypes.addressof(array), threads, 0)

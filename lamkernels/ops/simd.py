@@ -1,0 +1,290 @@
+"""SIMD building blocks of the Numba backend, emitted as LLVM vector IR.
+
+``micro`` is the register-blocked inner product with the argmin fused in, ``pack`` the transposing load that feeds it.
+Vectors have the host's width; LLVM splits or widens them where a target differs. Rows are SIMD lanes, so a code's
+entry is broadcast and the running minimum needs no reduction across lanes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+
+def _vector_bits() -> int:
+    features = llvm.get_host_cpu_features()
+    return 512 if features.get("avx512f") else 256 if features.get("avx2") else 128
+
+
+BITS = _vector_bits()
+REGISTERS = 32 if BITS == 512 else 16
+
+# (vectors of rows, codes) per register tile. The wide one has the better ratio of products to loads, the other one
+# wastes less where its number of codes divides K. AVX2: 2·6 or 3·4 accumulators of 16 registers; AVX-512: 2·13 or 3·8.
+WIDE, NARROW = ((2, 13), (3, 8)) if REGISTERS == 32 else ((2, 6), (3, 4))
+I32, I64 = ir.IntType(32), ir.IntType(64)
+
+# Storage types by the scalar that stands for them: bf16 and fp16 travel as bit patterns.
+BF16, F16 = types.uint16, types.int16
+
+
+def lanes(dtype: Any) -> int:
+    """Rows per vector when computing in float32 or float64."""
+    return BITS // (8 * np.dtype(dtype).itemsize)
+
+
+def _real(dtype: Any) -> ir.Type:
+    return ir.DoubleType() if dtype == types.float64 else ir.FloatType()
+
+
+def _splat(builder: ir.IRBuilder, scalar: ir.Value, width: int) -> ir.Value:
+    undefined = ir.Constant(ir.VectorType(scalar.type, width), ir.Undefined)
+    one = builder.insert_element(undefined, scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(I32, width), [0] * width))
+
+
+def _load(builder: ir.IRBuilder, pointer: ir.Value, kind: ir.Type, align: int) -> ir.Value:
+    value = builder.load(builder.bitcast(pointer, kind.as_pointer()))
+    value.align = align
+    return value
+
+
+def _store(builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value, align: int) -> None:
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = align
+
+
+def _widen(builder: ir.IRBuilder, value: ir.Value, storage: Any) -> ir.Value:
+    """Stored values as the type they are computed in: bf16 and fp16 become fp32, exactly."""
+    width = value.type.count if isinstance(value.type, ir.VectorType) else 0
+
+    def shaped(kind: ir.Type) -> ir.Type:
+        return ir.VectorType(kind, width) if width else kind
+
+    if storage == BF16:
+        bits = builder.zext(value, shaped(I32))
+        shift = ir.Constant(shaped(I32), [16] * width if width else 16)
+        return builder.bitcast(builder.shl(bits, shift), shaped(ir.FloatType()))
+    if storage == F16:
+        return builder.fpext(builder.bitcast(value, shaped(ir.HalfType())), shaped(ir.FloatType()))
+    return value
+
+
+def _stored(storage: Any) -> ir.Type:
+    return ir.IntType(16) if storage in (BF16, F16) else _real(storage)
+
+
+@intrinsic
+def view(typingctx: Any, address: Any, offset: Any, tag: Any) -> Any:
+    """The pointer to ``tag``'s type at an integer address, ``offset`` elements on."""
+    pointer = types.CPointer(tag)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base = builder.inttoptr(args[0], context.get_value_type(pointer))
+        return builder.gep(base, [args[1]])
+
+    return pointer(types.int64, types.int64, tag), codegen
+
+
+@intrinsic
+def at(typingctx: Any, array: Any, index: Any) -> Any:
+    """The pointer to element ``index`` of a contiguous array."""
+    pointer = types.CPointer(array.dtype)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.gep(data, [args[1]])
+
+    return pointer(array, types.intp), codegen
+
+
+@intrinsic
+def widen(typingctx: Any, value: Any) -> Any:
+    """A stored scalar as the type it is computed in."""
+    computed = types.float32 if value in (BF16, F16) else value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _widen(builder, args[0], value)
+
+    return computed(value), codegen
+
+
+@intrinsic
+def fetch_add(typingctx: Any, array: Any, index: Any) -> Any:
+    """Adds one to an int64 element atomically and returns what it was: the next task, or how many are done."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", builder.gep(data, [args[1]]), ir.Constant(I64, 1), "acq_rel")
+
+    return types.int64(array, types.intp), codegen
+
+
+def _transpose(builder: ir.IRBuilder, rows: list[ir.Value], block: int) -> list[ir.Value]:
+    """Transposes a square of vectors: inside 128-bit lanes by unpacks, then the lanes by halves.
+
+    ``block`` is the number of elements in 128 bits; every shuffle is one instruction on x86 and on ARM.
+    """
+    width = len(rows)
+
+    def shuffle(a: ir.Value, b: ir.Value, mask: list[int]) -> ir.Value:
+        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, width), mask))
+
+    def unpack(a: ir.Value, b: ir.Value, unit: int, high: bool) -> ir.Value:
+        pattern: list[int] = []
+        for start in range(0, width, block):
+            first = start + (block // 2 if high else 0)
+            for j in range(first, first + block // 2, unit):
+                pattern += [*range(j, j + unit), *range(width + j, width + j + unit)]
+        return shuffle(a, b, pattern)
+
+    for base in range(0, width, block):
+        if block == 2:
+            a, b = rows[base : base + 2]
+            rows[base : base + 2] = [unpack(a, b, 1, False), unpack(a, b, 1, True)]
+        else:
+            a, b, c, d = rows[base : base + 4]
+            ab, cd = ([unpack(p, q, 1, high) for high in (False, True)] for p, q in ((a, b), (c, d)))
+            rows[base : base + 4] = [unpack(ab[i], cd[i], 2, high) for i in (0, 1) for high in (False, True)]
+    half = block
+    while half < width:
+        low = [j if j & half == 0 else width + j - half for j in range(width)]
+        high = [j + half if j & half == 0 else width + j for j in range(width)]
+        for i in range(width):
+            if i & half == 0:
+                a, b = rows[i], rows[i + half]
+                rows[i], rows[i + half] = shuffle(a, b, low), shuffle(a, b, high)
+        half *= 2
+    return rows
+
+
+@intrinsic
+def pack(
+    typingctx: Any, x: Any, stride: Any, row: Any, last: Any, dim: Any, mean: Any, limit: Any, out: Any, step: Any, bad: Any
+) -> Any:
+    """Loads one vector of rows transposed, centres it, and marks rows that the fast path must not decide.
+
+    x: pointer to the rows, ``stride`` elements apart; rows ``row``, ``row + 1``, ... are read, none past ``last``.
+    out[d * step + lane] = x[row + lane, d] − mean[d]; bad[lane] = 1 where an entry is NaN or not below ``limit``.
+    """
+    storage, computed = x.dtype, out.dtype
+    kind, width = _real(computed), lanes(computed.name)
+    itemsize, stored = computed.bitwidth // 8, _stored(storage)
+    vector = ir.VectorType(kind, width)
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        x, stride, row, last, dim, mean, limit, out, step, bad = args
+        x = builder.bitcast(x, stored.as_pointer())
+        limits = _splat(builder, limit, width)
+        magnitude = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(vector, [vector]), f"llvm.fabs.v{width}f{computed.bitwidth}"
+        )
+        marks = cgutils.alloca_once_value(builder, ir.Constant(ir.VectorType(ir.IntType(1), width), None))
+        pointers = []
+        for lane in range(width):
+            index = builder.add(row, ir.Constant(I64, lane))
+            index = builder.select(builder.icmp_signed("<", index, last), index, last)
+            pointers.append(builder.gep(x, [builder.mul(index, stride)]))
+
+        def emit(d: ir.Value, column: ir.Value) -> None:
+            centred = builder.fsub(column, _splat(builder, builder.load(builder.gep(mean, [d])), width))
+            huge = builder.fcmp_unordered(">=", builder.call(magnitude, [centred]), limits)
+            builder.store(builder.or_(builder.load(marks), huge), marks)
+            _store(builder, centred, builder.gep(out, [builder.mul(d, step)]), itemsize)
+
+        whole = builder.and_(dim, ir.Constant(I64, -width))
+        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), whole, ir.Constant(I64, width)) as (d, _):
+            rows = [
+                _widen(builder, _load(builder, builder.gep(p, [d]), ir.VectorType(stored, width), 1), storage)
+                for p in pointers
+            ]
+            for j, column in enumerate(_transpose(builder, rows, 16 // itemsize)):
+                emit(builder.add(d, ir.Constant(I64, j)), column)
+        with cgutils.for_range_slice(builder, whole, dim, ir.Constant(I64, 1)) as (d, _):
+            column = ir.Constant(ir.VectorType(stored, width), ir.Undefined)
+            for lane, p in enumerate(pointers):
+                column = builder.insert_element(column, builder.load(builder.gep(p, [d])), ir.Constant(I32, lane))
+            emit(d, _widen(builder, column, storage))
+        _store(builder, builder.zext(builder.load(marks), ir.VectorType(ir.IntType(8), width)), bad, 1)
+        return context.get_dummy_value()
+
+    signature = types.void(x, types.int64, types.int64, types.int64, types.int64, mean, computed, out, types.int64, bad)
+    return signature, codegen
+
+
+def _make_micro(vectors: int, codes: int) -> Any:
+    @intrinsic
+    def micro(
+        typingctx: Any, t: Any, c: Any, half_norm: Any, dim: Any, code: Any, best: Any, index: Any
+    ) -> Any:
+        """Scores of a tile of rows against a tile of codes, and the running minimum.
+
+        t: [D, rows] packed rows; c: [D, codes] packed *negated* codes; half_norm: [codes], added after the products.
+        best[row], index[row]: the least score so far and its code; a tie keeps the earlier one. ``code`` is the index
+        of the first code of the tile.
+        """
+        computed = t.dtype
+        kind, width, itemsize = _real(computed), lanes(computed.name), computed.bitwidth // 8
+        vector = ir.VectorType(kind, width)
+        integer = ir.VectorType(I32, width)
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            t, c, half_norm, dim, code, best, index = args
+            before = builder.block
+            loop, done = builder.append_basic_block("products"), builder.append_basic_block("minimum")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            d = builder.phi(I64)
+            d.add_incoming(ir.Constant(I64, 0), before)
+            accumulators = [builder.phi(vector) for _ in range(vectors * codes)]
+            row = builder.mul(d, ir.Constant(I64, vectors * width))
+            rows = [
+                _load(builder, builder.gep(t, [builder.add(row, ir.Constant(I64, r * width))]), vector, itemsize)
+                for r in range(vectors)
+            ]
+            first = builder.mul(d, ir.Constant(I64, codes))
+            sums = []
+            for j in range(codes):
+                entry = builder.load(builder.gep(c, [builder.add(first, ir.Constant(I64, j))]))
+                entry = _splat(builder, entry, width)
+                for r in range(vectors):
+                    # "contract" alone: a fused multiply-add, without the licence to assume that there is no NaN
+                    product = builder.fmul(entry, rows[r], flags=("contract",))
+                    sums.append(builder.fadd(product, accumulators[j * vectors + r], flags=("contract",)))
+            following = builder.add(d, ir.Constant(I64, 1))
+            d.add_incoming(following, loop)
+            for accumulator, total in zip(accumulators, sums, strict=True):
+                accumulator.add_incoming(ir.Constant(vector, None), before)
+                accumulator.add_incoming(total, loop)
+            builder.cbranch(builder.icmp_signed("<", following, dim), loop, done)
+            builder.position_at_end(done)
+            code = builder.trunc(code, I32)
+            norms = [
+                _splat(builder, builder.load(builder.gep(half_norm, [ir.Constant(I64, j)])), width)
+                for j in range(codes)
+            ]
+            for r in range(vectors):
+                best_at, index_at = (builder.gep(p, [ir.Constant(I64, r * width)]) for p in (best, index))
+                least, chosen = _load(builder, best_at, vector, itemsize), _load(builder, index_at, integer, 4)
+                for j in range(codes):
+                    score = builder.fadd(sums[j * vectors + r], norms[j])
+                    less = builder.fcmp_ordered("<", score, least)
+                    least = builder.select(less, score, least)
+                    number = builder.add(code, ir.Constant(integer.element, j))
+                    chosen = builder.select(less, _splat(builder, number, width), chosen)
+                _store(builder, least, best_at, itemsize)
+                _store(builder, chosen, index_at, 4)
+            return context.get_dummy_value()
+
+        return types.void(t, c, half_norm, types.int64, types.int64, best, index), codegen
+
+    return micro
+
+
+micro_wide = _make_micro(*WIDE)
+micro_narrow = _make_micro(*NARROW)

@@ -1,0 +1,198 @@
+"""What the Triton kernels share: the scores of a codebook that fits one tile, the fp64 scan, and small host helpers.
+
+Scores of the fp32 path are ``½‖c−μ‖² − (x−μ)·(c−μ)``. The half norms are computed in fp64 from exact differences and
+stored relative to the smallest one, so that codes of equal norm do not lose their difference to a large common term,
+and they are added after the product.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+HALVES = (torch.float16, torch.bfloat16)
+SMALLEST_CODE = tl.constexpr(2.0**-40)  # below it the fp32 product of two entries may underflow
+LARGEST_PRODUCT = tl.constexpr(2.0**120)  # above it an fp32 sum of products may overflow
+LARGEST_DOUBLE = tl.constexpr(1.7976931348623157e308)
+
+
+@triton.jit
+def is_finite(value: Any) -> Any:
+    return tl.abs(value) < float("inf")  # false for NaN too
+
+
+@triton.jit
+def grid_centre(mean: Any, variance: Any) -> Any:
+    """The column mean rounded to a multiple of 2^⌈log2 rms⌉, the mean itself where rms is 0, and 0 on overflow.
+
+    The grid keeps x − μ exact for integer data, so that exact ties stay exact.
+    """
+    rms = tl.sqrt(variance)
+    step = ((rms.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    usable = is_finite(mean) & is_finite(rms) & is_finite(step)
+    mean = tl.where(usable, mean, 0.0)
+    grid = tl.where(usable & (step > 0), step, 1.0).to(tl.float64)
+    rounded = (tl.floor(mean.to(tl.float64) / grid + 0.5) * grid).to(tl.float32)
+    return tl.where(usable, tl.where(rms > 0, rounded, mean), 0.0)
+
+
+@triton.jit
+def product_limit(largest_code: Any, largest_norm: Any, dim: Any) -> Any:
+    """The largest |x − μ| entry whose fp32 scores are safe; −1 where no row is: the codes themselves are too large or too small."""
+    limit = LARGEST_PRODUCT / (tl.maximum(largest_code, SMALLEST_CODE) * dim)
+    safe = (largest_norm < LARGEST_PRODUCT) & ((largest_code >= SMALLEST_CODE) | (largest_code == 0.0))
+    return tl.where(safe, tl.minimum(limit, LARGEST_PRODUCT), -1.0)
+
+
+@triton.jit
+def resident_codes(
+    codebook: Any, stride: Any, num_codes: Any, dim: Any,
+    L2: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+) -> Any:  # fmt: skip
+    """A codebook that fits one tile: codes ready for the product [BK, BD], centre [BD], half norms [BK], limit ()."""
+    k = tl.arange(0, BK)
+    d = tl.arange(0, BD)
+    inside = (k < num_codes)[:, None] & (d < dim)[None, :]  # [BK, BD]
+    stored = tl.load(codebook + k.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
+    code = stored.to(tl.float32)
+    finite = (tl.min(is_finite(code).to(tl.int32), axis=1) > 0) & (k < num_codes)  # [BK]
+    code = tl.where(finite[:, None], code, 0.0)
+    centre = tl.zeros([BD], tl.float32)
+    if CENTRE:
+        count = tl.maximum(tl.sum(finite.to(tl.float32), axis=0), 1.0)
+        mean = tl.sum(code, axis=0) / count
+        deviation = tl.where(finite[:, None], code - mean[None, :], 0.0)
+        centre = grid_centre(mean, tl.sum(deviation * deviation, axis=0) / count)
+    centred = tl.where(finite[:, None], code - centre[None, :], 0.0)
+    difference = tl.where(finite[:, None], code.to(tl.float64) - centre.to(tl.float64)[None, :], 0.0)
+    half_norm = tl.sum(difference * difference, axis=1) * 0.5  # [BK]
+    smallest = tl.min(tl.where(finite, half_norm, float("inf")), axis=0)
+    relative = tl.where(finite, half_norm - smallest, 0.0).to(tl.float32)
+    largest_norm = tl.max(tl.where(finite, half_norm, 0.0), axis=0).to(tl.float32)
+    limit = product_limit(tl.max(tl.max(tl.abs(centred), axis=1), axis=0), largest_norm, dim)
+    if not L2:
+        relative = tl.zeros([BK], tl.float32)
+    relative = tl.where(finite, relative, float("inf"))
+    if NATIVE:
+        centred = tl.where(finite[:, None], stored, 0.0).to(stored.dtype)
+    return centred, centre, relative, limit
+
+
+@triton.jit
+def nearest_resident(
+    x: Any, codes: Any, centre: Any, half_norm: Any, limit: Any,
+    CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr, BK: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Index [BN] of the nearest code of each row, −1 without a finite code, and whether a row must be scanned again."""
+    wide = x.to(tl.float32)  # [BN, BD]
+    if CENTRE:
+        wide = wide - centre[None, :]
+    again = tl.max(tl.where(tl.abs(wide) <= limit, 0, 1), axis=1) > 0
+    if NATIVE:
+        product = tl.dot(x, tl.trans(codes), input_precision="ieee", out_dtype=tl.float32)
+    else:
+        product = tl.dot(wide, tl.trans(codes), input_precision=DOT, out_dtype=tl.float32)
+    score = half_norm[None, :] - product  # [BN, BK]
+    best = tl.min(score, axis=1)
+    index = tl.min(tl.where(score == best[:, None], tl.arange(0, BK)[None, :], BK), axis=1)
+    return tl.where(best < float("inf"), index, -1), again
+
+
+@triton.jit
+def scan_exactly(
+    rows: Any, wanted: Any, codebook: Any, stride: Any, num_codes: Any, dim: Any,
+    L2: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+) -> Any:  # fmt: skip
+    """The fp64 minimum over all codes for the wanted rows of a tile: index [BN], −1 for a row that is not finite, and score.
+
+    Args:
+        rows: [BN] pointers to the first entry of each row.
+        wanted: [BN] bool. The codes are not read when no wanted row is finite.
+    """
+    finite = wanted
+    for d in range(0, dim):
+        finite = finite & is_finite(tl.load(rows + d, mask=wanted, other=0.0).to(tl.float64))
+    index = tl.full([BN], -1, tl.int32)
+    best = tl.full([BN], float("inf"), tl.float64)
+    if tl.max(finite.to(tl.int32), axis=0) > 0:
+        for start in range(0, num_codes, BK):
+            k = start + tl.arange(0, BK)
+            usable = k < num_codes  # [BK]
+            score = tl.zeros([BN, BK], tl.float64)
+            for d in range(0, dim):
+                entry = tl.load(rows + d, mask=finite, other=0.0).to(tl.float64)[:, None]
+                code = tl.load(codebook + k.to(tl.int64) * stride + d, mask=k < num_codes, other=0.0).to(tl.float64)
+                usable = usable & is_finite(code)
+                if L2:
+                    score += (entry - code[None, :]) * (entry - code[None, :])
+                else:
+                    score -= entry * code[None, :]
+            # a score past the range of fp64 is worst, but not worse than a code that is not finite
+            score = tl.where(score < LARGEST_DOUBLE, score, LARGEST_DOUBLE)
+            score = tl.where(usable[None, :], score, float("inf"))
+            tile_best = tl.min(score, axis=1)
+            tile_index = tl.min(tl.where(score == tile_best[:, None], k[None, :], 2147483647), axis=1)
+            better = finite & (tile_best < best)
+            index = tl.where(better, tile_index, index)
+            best = tl.where(better, tile_best, best)
+    return index, best
+
+
+@triton.jit
+def chosen_score(
+    rows: Any, index: Any, codebook: Any, stride: Any, dim: Any, L2: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+) -> Any:
+    """Σ(x − c)², or x·c, of each row [BN] and its code in fp32, from the entries: no cancellation as in the scores."""
+    total = tl.zeros([BN], tl.float32)
+    code = codebook + index.to(tl.int64) * stride
+    for start in range(0, dim, BD):
+        d = start + tl.arange(0, BD)
+        inside = (index >= 0)[:, None] & (d < dim)[None, :]  # [BN, BD]
+        entry = tl.load(rows[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        chosen = tl.load(code[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        if L2:
+            total += tl.sum((entry - chosen) * (entry - chosen), axis=1)
+        else:
+            total += tl.sum(entry * chosen, axis=1)
+    return total
+
+
+class Arithmetic(NamedTuple):
+    """How the scores of one call are computed: compile-time arguments of the kernels."""
+
+    exact: bool  # fp64 differences over all codes
+    centre: bool  # fp32 rows: subtract the grid centre of the codes
+    native: bool  # product of two equal half types, accumulated in fp32
+    dot: str  # input_precision of the fp32 product
+
+
+def arithmetic(x: Tensor, codebook: Tensor, metric: str, precision: str, target: str) -> Arithmetic:
+    """Half rows are not centred: x − μ is not a half number, and their error bound has no term that would gain."""
+    exact = precision == "exact" or x.dtype == torch.float64
+    # the interpreter multiplies bf16 as bit patterns; the fp32 products of the same entries are exact as well
+    native = x.dtype in HALVES and codebook.dtype == x.dtype and not (target == "interpreter" and x.dtype == torch.bfloat16)
+    fp32_product = "ieee" if target.startswith("gfx") else "tf32x3"  # tf32x3 does not compile for AMD
+    dot = "tf32" if precision == "fast" and x.dtype == torch.float32 else fp32_product
+    return Arithmetic(exact, metric == "l2" and x.dtype == torch.float32, native, "ieee" if native else dot)
+
+
+def unit_inner(tensor: Tensor) -> Tensor:
+    """The tensor itself where neighbours of the last axis are neighbours in memory, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensor."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def persistent_programs(device: torch.device) -> int:
+    """How many programs a persistent kernel gets: a fixed number per device, since the partition decides the bits."""
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

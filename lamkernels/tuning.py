@@ -1,0 +1,81 @@
+"""Which tile a kernel runs with: a static table by target, shape bucket and dtype; nothing is tuned at run time.
+
+The partition decides the bits of sums, so a configuration may depend on shapes, dtypes and the device, never on timing
+or on values. The entries come from compiled register and shared-memory use; they are not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+RESIDENT_ENTRIES = 8192  # of one tile that holds the whole codebook, and of the sums that go with it
+SMALL_BATCH = 4096  # rows below which more, smaller programs fill the device better
+
+
+class Tile(NamedTuple):
+    """One kernel configuration: rows, codes and entries of a tile, and how Triton compiles it."""
+
+    rows: int
+    codes: int
+    dim: int
+    warps: int
+    stages: int
+
+
+@functools.cache
+def target_of(device: torch.device) -> str:
+    """"sm_90" and the like, "gfx942" and the like, or "interpreter" for CPU tensors."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def power(value: int, low: int = 16) -> int:
+    """The power of two at or above the value, at least 16: the smallest side of a matrix product."""
+    return max(low, 1 << (value - 1).bit_length())
+
+
+def resident(target: str, num_rows: int, num_codes: int, dim: int) -> Tile | None:
+    """The tile of the kernels that keep the whole codebook in one tile; None where it does not fit."""
+    codes, entries = power(num_codes), power(dim)
+    if codes * entries > RESIDENT_ENTRIES or entries > 256:
+        return None
+    if target == "interpreter":
+        return Tile(16, codes, entries, 4, 1)
+    rows = 32 if num_rows <= SMALL_BATCH or max(codes, entries) > 128 else 64
+    return Tile(rows, codes, entries, 4, 2)
+
+
+def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype) -> Tile:
+    """The tile of the lookup that streams tiles of codes past a tile of rows."""
+    if target == "interpreter":
+        return Tile(16, 16, 16, 4, 1)
+    if dtype in (torch.float16, torch.bfloat16):
+        return Tile(128, 128, 64, 8, 3) if target.startswith("sm") else Tile(128, 64, 64, 4, 1)
+    return Tile(64, 64, 32, 4, 2) if target.startswith("sm") else Tile(64, 64, 32, 4, 1)
+
+
+def exact(target: str) -> Tile:
+    """The tile of the fp64 scan."""
+    return Tile(16, 16, 1, 4, 1) if target == "interpreter" else Tile(32, 32, 1, 4, 1)
+
+
+def segments(target: str, dim: int, dtype: torch.dtype) -> Tile:
+    """The tile of the sums over rows sorted by code: ``codes`` equals ``rows``, one slot per row at most."""
+    if target == "interpreter":
+        return Tile(16, 16, 16, 4, 1)
+    if dtype == torch.float64:
+        return Tile(16, 16, 16, 4, 1)
+    return Tile(64, 64, min(power(dim), 64), 4, 1)
+
+
+def elementwise(target: str, dim: int) -> Tile:
+    """The tile of passes without a product: the merge of partial sums, quantised rows, the backward."""
+    entries = min(power(dim, 1), 256)
+    return Tile(16 if target == "interpreter" else max(1, 4096 // entries), 1, entries, 4, 1)
