@@ -115,6 +115,26 @@ def widen(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
+def narrow(typingctx: Any, value: Any, tag: Any) -> Any:
+    """A float32 or float64 scalar rounded to nearest even as the stored type of ``tag``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        result = context.cast(builder, args[0], value, types.float64 if tag == types.float64 else types.float32)
+        if tag == F16:
+            return builder.bitcast(builder.fptrunc(result, ir.HalfType()), ir.IntType(16))
+        if tag == BF16:
+            bits = builder.bitcast(result, I32)
+            odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+            rounded = builder.add(bits, builder.add(odd, ir.Constant(I32, 0x7FFF)))
+            quiet = builder.or_(bits, ir.Constant(I32, 0x400000))  # rounding could carry a NaN into an infinity
+            kept = builder.select(builder.fcmp_unordered("uno", result, result), quiet, rounded)
+            return builder.trunc(builder.lshr(kept, ir.Constant(I32, 16)), ir.IntType(16))
+        return result
+
+    return tag(value, tag), codegen
+
+
+@intrinsic
 def fetch_add(typingctx: Any, array: Any, index: Any) -> Any:
     """Adds one to an int64 element atomically and returns what it was: the next task, or how many are done."""
 

@@ -1,0 +1,211 @@
+"""code_statistics on the CPU: slices of columns times fixed chunks of rows, fp64 sums in row order, merged in order.
+
+A thread owns a slice of columns of a chunk of rows, so no two write to one sum and the result does not depend on the
+number of threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from lamkernels.ops.nearest_code.numba import BITS_BF16, BITS_F16, F32, F64, FLAGS, compiled, elements, rows_of_head
+from lamkernels.ops.parallel import launch
+from lamkernels.ops.simd import fetch_add, widen
+
+SLICE = 16  # columns: a cache line of fp32
+CHUNKS = 8
+MAX_CHUNKED = 1 << 15  # entries of a codebook up to which every chunk of rows has sums of its own
+
+# int64 parameters: 2 x, 3 head stride, 4 row stride, 5 codebook or 0, 6 its head stride, 7 partial sums (H, P, K, D)
+# fp64, 8 N, 9 K, 10 D, 11 partial counts (H, P, K), 12 indices (H, N), 13 P, 14 slices, 15 counts, 16 sums,
+# 17 residual sums or 0, 18 tasks, 19 H
+PARAMETERS = 20
+
+
+@njit(**FLAGS)
+def _partial_sums(p, stored, computed):  # type: ignore[no-untyped-def]
+    a = carray(p, (PARAMETERS,))
+    rows, num_codes, dim, chunks, slices = a[8], a[9], a[10], a[13], a[14]
+    stride, size = a[4], (a[8] + a[13] - 1) // max(a[13], 1)
+    while True:
+        task = fetch_add(a, 0)
+        if task >= a[18]:
+            return
+        part, begin = task // slices, task % slices * SLICE
+        head, chunk = part // chunks, part % chunks
+        x = rows_of_head(a, head, stored)
+        indices = elements(a[12], head * rows, rows, np.int64(0))
+        sums = elements(a[7], part * num_codes * dim, num_codes * dim, np.float64(0))
+        end, first, stop = min(begin + SLICE, dim), min(chunk * size, rows), min((chunk + 1) * size, rows)
+        for k in range(num_codes):
+            sums[k * dim + begin : k * dim + end] = 0.0
+        if a[5] != 0:
+            codes = elements(a[5], head * a[6], num_codes * dim, computed)
+            for n in range(first, stop):
+                if indices[n] >= 0:
+                    k = indices[n] * dim
+                    for d in range(begin, end):
+                        sums[k + d] += widen(x[n * stride + d]) - codes[k + d]
+        else:
+            for n in range(first, stop):
+                if indices[n] >= 0:
+                    k = indices[n] * dim
+                    for d in range(begin, end):
+                        sums[k + d] += widen(x[n * stride + d])
+        if begin == 0:
+            counts = elements(a[11], part * num_codes, num_codes, np.int64(0))
+            counts[:] = 0
+            for n in range(first, stop):
+                if indices[n] >= 0:
+                    counts[indices[n]] += 1
+        if fetch_add(a, 1) == a[18] - 1:
+            for h in range(a[19]):
+                _merge(a, h, computed)
+
+
+@njit(**FLAGS)
+def _merge(a, head, computed):  # type: ignore[no-untyped-def]
+    """Adds the chunks of a head in order; with a codebook the sums were residual: Σx = n·c + Σ(x − c)."""
+    num_codes, dim, chunks = a[9], a[10], a[13]
+    size = num_codes * dim
+    total = elements(a[7], head * chunks * size, size, np.float64(0))
+    count = elements(a[11], head * chunks * num_codes, num_codes, np.int64(0))
+    for chunk in range(1, chunks):
+        total += elements(a[7], (head * chunks + chunk) * size, size, np.float64(0))
+        count += elements(a[11], (head * chunks + chunk) * num_codes, num_codes, np.int64(0))
+    elements(a[15], head * num_codes, num_codes, np.int64(0))[:] = count
+    sums = elements(a[16], head * size, size, computed)
+    if a[5] == 0:
+        sums[:] = total
+    else:
+        elements(a[17], head * size, size, computed)[:] = total
+        codes = elements(a[5], head * a[6], size, computed)
+        for k in range(num_codes):
+            for d in range(k * dim, (k + 1) * dim):
+                sums[d] = total[d] + np.float64(count[k]) * codes[d] if count[k] > 0 else 0.0
+
+
+@njit(**FLAGS)
+def _countable_rows(p, stored):  # type: ignore[no-untyped-def]
+    """Copies the indices (7) to (12), −1 for those that are out of range or whose row is not finite; tasks of chunks."""
+    a = carray(p, (PARAMETERS,))
+    rows, dim, size = a[8], a[10], (a[8] + CHUNKS - 1) // CHUNKS
+    while True:
+        task = fetch_add(a, 0)
+        if task >= a[19] * CHUNKS:
+            return
+        head, chunk = task // CHUNKS, task % CHUNKS
+        x = rows_of_head(a, head, stored)
+        given = elements(a[7], head * rows, rows, np.int64(0))
+        indices = elements(a[12], head * rows, rows, np.int64(0))
+        for n in range(min(chunk * size, rows), min((chunk + 1) * size, rows)):
+            check = 0.0
+            for d in range(n * a[4], n * a[4] + dim):
+                check += widen(x[d]) * 0.0
+            indices[n] = given[n] if check == 0.0 and 0 <= given[n] < a[9] else -1
+
+
+def _sums_f32(p):  # type: ignore[no-untyped-def]
+    _partial_sums(p, F32, F32)
+
+
+def _sums_f64(p):  # type: ignore[no-untyped-def]
+    _partial_sums(p, F64, F64)
+
+
+def _sums_bf16(p):  # type: ignore[no-untyped-def]
+    _partial_sums(p, BITS_BF16, F32)
+
+
+def _sums_f16(p):  # type: ignore[no-untyped-def]
+    _partial_sums(p, BITS_F16, F32)
+
+
+def _countable_f32(p):  # type: ignore[no-untyped-def]
+    _countable_rows(p, F32)
+
+
+def _countable_f64(p):  # type: ignore[no-untyped-def]
+    _countable_rows(p, F64)
+
+
+def _countable_bf16(p):  # type: ignore[no-untyped-def]
+    _countable_rows(p, BITS_BF16)
+
+
+def _countable_f16(p):  # type: ignore[no-untyped-def]
+    _countable_rows(p, BITS_F16)
+
+
+_SUMS = {
+    torch.float32: _sums_f32,
+    torch.float64: _sums_f64,
+    torch.bfloat16: _sums_bf16,
+    torch.float16: _sums_f16,
+}
+_COUNTABLE = {
+    torch.float32: _countable_f32,
+    torch.float64: _countable_f64,
+    torch.bfloat16: _countable_bf16,
+    torch.float16: _countable_f16,
+}
+
+
+def sum_rows(
+    x: Tensor, indices: Tensor, codebook: Tensor | None, counts: Tensor, sums: Tensor, residual_sums: Tensor | None
+) -> None:
+    """Fills counts and sums, and with a codebook in the computed type residual_sums, from checked indices.
+
+    Args:
+        x: (H, N, D), unit inner stride.
+        indices: (H, N) int64, contiguous, −1 or below K.
+        codebook: (H, K, D), rows contiguous, or None.
+        counts: (H, K) int64.
+        sums: (H, K, D).
+        residual_sums: (H, K, D), with a codebook.
+    """
+    (heads, rows, dim), num_codes = x.shape, counts.shape[1]
+    chunks = CHUNKS if num_codes * dim <= MAX_CHUNKED else 1
+    slices = -(-dim // SLICE)
+    partial = torch.empty((heads, chunks, num_codes, dim), dtype=torch.float64)
+    partial_counts = torch.empty((heads, chunks, num_codes), dtype=torch.int64)
+    tasks = heads * chunks * slices
+    parameters = [
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        0 if codebook is None else codebook.data_ptr(),
+        0 if codebook is None else codebook.stride(0),
+        partial.data_ptr(),
+        rows,
+        num_codes,
+        dim,
+        partial_counts.data_ptr(),
+        indices.data_ptr(),
+        chunks,
+        slices,
+        counts.data_ptr(),
+        sums.data_ptr(),
+        0 if residual_sums is None else residual_sums.data_ptr(),
+        tasks,
+        heads,
+    ]
+    launch(compiled(_SUMS[x.dtype]), parameters, tasks, heads * rows * dim)
+
+
+def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """See :func:`lamkernels.code_statistics`. ``x`` (H, N, D), ``indices`` (H, N) int64."""
+    heads, rows, dim = x.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    given, checked = indices.contiguous(), torch.empty((heads, rows), dtype=torch.int64)
+    computed = torch.float64 if x.dtype == torch.float64 else torch.float32
+    counts = torch.empty((heads, num_codes), dtype=torch.int64)
+    sums = torch.empty((heads, num_codes, dim), dtype=computed)
+    parameters = [x.data_ptr(), x.stride(0), x.stride(1), 0, 0, given.data_ptr(), rows, num_codes, dim, 0]
+    parameters += [checked.data_ptr(), 0, 0, 0, 0, 0, 0, heads]
+    launch(compiled(_COUNTABLE[x.dtype]), parameters, heads * CHUNKS, heads * rows * dim)
+    sum_rows(x, checked, None, counts, sums, None)
+    return counts, sums
