@@ -156,9 +156,7 @@ def vector_quantize(
     )
 
 
-def code_statistics(
-    x: Tensor, indices: Tensor, num_codes: int, *, backend: Backend = "auto"
-) -> tuple[Tensor, Tensor]:
+def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """How many rows chose each code, and their sum: what an EMA or k-means update needs.
 
     Bitwise reproducible for a fixed shape and device. The gradient of ``sums`` goes to x.
@@ -182,7 +180,9 @@ def code_statistics(
     _check_indices(indices)
     _check_option("backend", backend, BACKENDS)
     if x.shape[:-1] != indices.shape:
-        raise ValueError(f"indices has shape {tuple(indices.shape)}; for x of {tuple(x.shape)} it must be {tuple(x.shape[:-1])}")
+        raise ValueError(
+            f"indices has shape {tuple(indices.shape)}; for x of {tuple(x.shape)} it must be {tuple(x.shape[:-1])}"
+        )
     if indices.device != x.device:
         raise ValueError(f"indices is on {indices.device} and x on {x.device}; they must be on one device")
     if num_codes < 1:
@@ -211,7 +211,9 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
     _check_codebook(codebook)
     _check_indices(indices)
     if indices.device != codebook.device:
-        raise ValueError(f"indices is on {indices.device} and codebook on {codebook.device}; they must be on one device")
+        raise ValueError(
+            f"indices is on {indices.device} and codebook on {codebook.device}; they must be on one device"
+        )
     if codebook.ndim == 3 and (indices.ndim == 0 or indices.shape[0] != codebook.shape[0]):
         raise ValueError(
             f"indices has shape {tuple(indices.shape)}; with a codebook per head its first axis must be {codebook.shape[0]}"
@@ -276,7 +278,9 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"mask is {mask.dtype}; it must be bool")
     if mask.shape != x.shape[:-1]:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; for x of {tuple(x.shape)} it must be {tuple(x.shape[:-1])}")
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}; for x of {tuple(x.shape)} it must be {tuple(x.shape[:-1])}"
+        )
     if mask.device != x.device:
         raise ValueError(f"mask is on {mask.device} and x on {x.device}; they must be on one device")
 
@@ -286,7 +290,9 @@ def _check_tensors(x: Tensor, codebook: Tensor) -> None:
     _check_float("codebook", codebook)
     _check_codebook(codebook)
     if x.shape[-1] != codebook.shape[-1]:
-        raise ValueError(f"x has rows of {x.shape[-1]} and codebook of {codebook.shape[-1]} entries; they must be equal")
+        raise ValueError(
+            f"x has rows of {x.shape[-1]} and codebook of {codebook.shape[-1]} entries; they must be equal"
+        )
     if codebook.ndim == 3 and (x.ndim < 2 or x.shape[0] != codebook.shape[0]):
         raise ValueError(
             f"x has shape {tuple(x.shape)}; with a codebook per head, {tuple(codebook.shape)}, it must be "

@@ -185,7 +185,17 @@ def _transpose(builder: ir.IRBuilder, rows: list[ir.Value], block: int) -> list[
 
 @intrinsic
 def pack(
-    typingctx: Any, x: Any, stride: Any, row: Any, last: Any, dim: Any, mean: Any, limit: Any, out: Any, step: Any, bad: Any
+    typingctx: Any,
+    x: Any,
+    stride: Any,
+    row: Any,
+    last: Any,
+    dim: Any,
+    mean: Any,
+    limit: Any,
+    out: Any,
+    step: Any,
+    bad: Any,
 ) -> Any:
     """Loads one vector of rows transposed, centres it, and marks rows that the fast path must not decide.
 
@@ -239,9 +249,7 @@ def pack(
 
 def _make_micro(vectors: int, codes: int) -> Any:
     @intrinsic
-    def micro(
-        typingctx: Any, t: Any, c: Any, half_norm: Any, dim: Any, code: Any, best: Any, index: Any
-    ) -> Any:
+    def micro(typingctx: Any, t: Any, c: Any, half_norm: Any, dim: Any, code: Any, best: Any, index: Any) -> Any:
         """Scores of a tile of rows against a tile of codes, and the running minimum.
 
         t: [D, rows] packed rows; c: [D, codes] packed *negated* codes; half_norm: [codes], added after the products.

@@ -15,20 +15,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import tensor
 
 HALVES = (torch.float16, torch.bfloat16)
 SMALLEST_CODE = tl.constexpr(2.0**-40)  # below it the fp32 product of two entries may underflow
 LARGEST_PRODUCT = tl.constexpr(2.0**120)  # above it an fp32 sum of products may overflow
+LARGEST_SINGLE = tl.constexpr(3.4e38)  # still finite when rounded to tf32
 LARGEST_DOUBLE = tl.constexpr(1.7976931348623157e308)
 
 
 @triton.jit
-def is_finite(value: Any) -> Any:
+def is_finite(value: tensor) -> tensor:
     return tl.abs(value) < float("inf")  # false for NaN too
 
 
 @triton.jit
-def grid_centre(mean: Any, variance: Any) -> Any:
+def grid_centre(mean: tensor, variance: tensor) -> tensor:
     """The column mean rounded to a multiple of 2^⌈log2 rms⌉, the mean itself where rms is 0, and 0 on overflow.
 
     The grid keeps x − μ exact for integer data, so that exact ties stay exact.
@@ -43,7 +45,7 @@ def grid_centre(mean: Any, variance: Any) -> Any:
 
 
 @triton.jit
-def product_limit(largest_code: Any, largest_norm: Any, dim: Any) -> Any:
+def product_limit(largest_code: tensor, largest_norm: tensor, dim: tensor) -> tensor:
     """The largest |x − μ| entry whose fp32 scores are safe; −1 where no row is: the codes themselves are too large or too small."""
     limit = LARGEST_PRODUCT / (tl.maximum(largest_code, SMALLEST_CODE) * dim)
     safe = (largest_norm < LARGEST_PRODUCT) & ((largest_code >= SMALLEST_CODE) | (largest_code == 0.0))
@@ -52,9 +54,9 @@ def product_limit(largest_code: Any, largest_norm: Any, dim: Any) -> Any:
 
 @triton.jit
 def resident_codes(
-    codebook: Any, stride: Any, num_codes: Any, dim: Any,
+    codebook: tensor, stride: tensor, num_codes: tensor, dim: tensor,
     L2: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tensor:  # fmt: skip
     """A codebook that fits one tile: codes ready for the product [BK, BD], centre [BD], half norms [BK], limit ()."""
     k = tl.arange(0, BK)
     d = tl.arange(0, BD)
@@ -66,7 +68,7 @@ def resident_codes(
     centre = tl.zeros([BD], tl.float32)
     if CENTRE:
         count = tl.maximum(tl.sum(finite.to(tl.float32), axis=0), 1.0)
-        mean = tl.sum(code, axis=0) / count
+        mean = tl.div_rn(tl.sum(code, axis=0), count + tl.zeros([BD], tl.float32))
         deviation = tl.where(finite[:, None], code - mean[None, :], 0.0)
         centre = grid_centre(mean, tl.sum(deviation * deviation, axis=0) / count)
     centred = tl.where(finite[:, None], code - centre[None, :], 0.0)
@@ -86,9 +88,9 @@ def resident_codes(
 
 @triton.jit
 def nearest_resident(
-    x: Any, codes: Any, centre: Any, half_norm: Any, limit: Any,
+    x: tensor, codes: tensor, centre: tensor, half_norm: tensor, limit: tensor,
     CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr, BK: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tensor:  # fmt: skip
     """Index [BN] of the nearest code of each row, −1 without a finite code, and whether a row must be scanned again."""
     wide = x.to(tl.float32)  # [BN, BD]
     if CENTRE:
@@ -106,9 +108,9 @@ def nearest_resident(
 
 @triton.jit
 def scan_exactly(
-    rows: Any, wanted: Any, codebook: Any, stride: Any, num_codes: Any, dim: Any,
+    rows: tensor, wanted: tensor, codebook: tensor, stride: tensor, num_codes: tensor, dim: tensor,
     L2: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tensor:  # fmt: skip
     """The fp64 minimum over all codes for the wanted rows of a tile: index [BN], −1 for a row that is not finite, and score.
 
     Args:
@@ -146,8 +148,9 @@ def scan_exactly(
 
 @triton.jit
 def chosen_score(
-    rows: Any, index: Any, codebook: Any, stride: Any, dim: Any, L2: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
-) -> Any:
+    rows: tensor, index: tensor, codebook: tensor, stride: tensor, dim: tensor,
+    L2: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+) -> tensor:  # fmt: skip
     """Σ(x − c)², or x·c, of each row [BN] and its code in fp32, from the entries: no cancellation as in the scores."""
     total = tl.zeros([BN], tl.float32)
     code = codebook + index.to(tl.int64) * stride
@@ -163,6 +166,19 @@ def chosen_score(
     return total
 
 
+@triton.jit
+def grouped_sum(member: tensor, value: tensor, DOT: tl.constexpr) -> tensor:
+    """Sums [BG, BD] of the rows of ``value`` [BN, BD] that are members [BG, BN] of each group.
+
+    The one-hot factor is exact in every format, so only the splitting of ``value`` rounds, by 2⁻²² in tf32x3.
+    """
+    if value.dtype == tl.float64:
+        return tl.sum(tl.where(member[:, :, None], value[None, :, :], 0.0), axis=1)
+    # an infinity would reach every group as 0 · inf
+    value = tl.minimum(tl.maximum(value, -LARGEST_SINGLE), LARGEST_SINGLE)
+    return tl.dot(member.to(tl.float32), value, input_precision=DOT, out_dtype=tl.float32)
+
+
 class Arithmetic(NamedTuple):
     """How the scores of one call are computed: compile-time arguments of the kernels."""
 
@@ -176,10 +192,16 @@ def arithmetic(x: Tensor, codebook: Tensor, metric: str, precision: str, target:
     """Half rows are not centred: x − μ is not a half number, and their error bound has no term that would gain."""
     exact = precision == "exact" or x.dtype == torch.float64
     # the interpreter multiplies bf16 as bit patterns; the fp32 products of the same entries are exact as well
-    native = x.dtype in HALVES and codebook.dtype == x.dtype and not (target == "interpreter" and x.dtype == torch.bfloat16)
-    fp32_product = "ieee" if target.startswith("gfx") else "tf32x3"  # tf32x3 does not compile for AMD
-    dot = "tf32" if precision == "fast" and x.dtype == torch.float32 else fp32_product
+    native = (
+        x.dtype in HALVES and codebook.dtype == x.dtype and not (target == "interpreter" and x.dtype == torch.bfloat16)
+    )
+    dot = "tf32" if precision == "fast" and x.dtype == torch.float32 else fp32_product(target)
     return Arithmetic(exact, metric == "l2" and x.dtype == torch.float32, native, "ieee" if native else dot)
+
+
+def fp32_product(target: str) -> str:
+    """The input_precision that keeps about 22 bits of both factors; tf32x3 does not compile for AMD."""
+    return "ieee" if target.startswith("gfx") else "tf32x3"
 
 
 def unit_inner(tensor: Tensor) -> Tensor:

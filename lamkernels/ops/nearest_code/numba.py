@@ -91,8 +91,8 @@ def prepare(codebook, euclidean, tile, codes):  # type: ignore[no-untyped-def]
             codes.half_norm[k] = 0.5 * norm if euclidean else 0.0
     huge, tiny = (1e300, 1e-140) if codes.mean.itemsize == 8 else (1e37, 1e-15)
     codes.limit[0] = huge / (dim * max(largest, 1.0))
-    if largest_norm > huge or 0.0 < largest < tiny:
-        codes.limit[0] = 0.0  # the norms overflow or vanish: fp64 decides every row
+    if count == 0 or largest_norm > huge or 0.0 < largest < tiny:
+        codes.limit[0] = 0.0  # no code, or norms that overflow or vanish: fp64 decides every row
 
 
 @njit(**FLAGS)

@@ -7,12 +7,11 @@ rows are a plain fp64 scan. Rows whose fp32 arithmetic might overflow are scanne
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import tensor
 
 from lamkernels import tuning
 from lamkernels.ops.triton_common import (
@@ -35,7 +34,7 @@ CODES_PER_PROGRAM = 16  # of the kernels that make the codebook ready
 
 @triton.jit
 def code_flags_kernel(
-    codebook: Any, flags: Any, num_codes: Any, dim: Any, stride_h: Any, stride_k: Any, tiles: Any,
+    codebook: tensor, flags: tensor, num_codes: tensor, dim: tensor, stride_h: tensor, stride_k: tensor, tiles: tensor,
     BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """flags (H, K) int8: 1 for a finite code."""
@@ -53,8 +52,9 @@ def code_flags_kernel(
 
 @triton.jit
 def column_centre_kernel(
-    codebook: Any, flags: Any, centre: Any, num_codes: Any, dim: Any, padded_dim: Any, stride_h: Any, stride_k: Any,
-    tiles: Any, BK: tl.constexpr, BD: tl.constexpr,
+    codebook: tensor, flags: tensor, centre: tensor, num_codes: tensor, dim: tensor, padded_dim: tensor,
+    stride_h: tensor, stride_k: tensor, tiles: tensor,
+    BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """centre (H, padded D) fp32: see grid_centre."""
     head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -69,7 +69,7 @@ def column_centre_kernel(
         count += finite.to(tl.float32)
         total += tl.load(column[None, :] + k.to(tl.int64)[:, None] * stride_k, mask=inside, other=0.0).to(tl.float32)
     size = tl.maximum(tl.sum(count, axis=0), 1.0)
-    mean = tl.sum(total, axis=0) / size  # [BD]
+    mean = tl.div_rn(tl.sum(total, axis=0), size + tl.zeros([BD], tl.float32))
     square = tl.zeros([BK, BD], tl.float32)
     for start in range(0, num_codes, BK):
         k = start + tl.arange(0, BK)
@@ -83,8 +83,8 @@ def column_centre_kernel(
 
 @triton.jit
 def centred_codes_kernel(
-    codebook: Any, flags: Any, centre: Any, codes: Any, norms: Any, largest: Any,
-    num_codes: Any, dim: Any, padded_codes: Any, padded_dim: Any, stride_h: Any, stride_k: Any, tiles: Any,
+    codebook: tensor, flags: tensor, centre: tensor, codes: tensor, norms: tensor, largest: tensor, num_codes: tensor,
+    dim: tensor, padded_codes: tensor, padded_dim: tensor, stride_h: tensor, stride_k: tensor, tiles: tensor,
     CENTRE: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """codes (H, padded K, padded D): the centred code, 0 where not finite; norms fp64 and largest |entry| fp32 (H, padded K)."""
@@ -113,8 +113,9 @@ def centred_codes_kernel(
 
 @triton.jit
 def relative_norms_kernel(
-    norms: Any, largest: Any, half_norm: Any, limit: Any, dim: Any, padded_codes: Any, L2: tl.constexpr, BK: tl.constexpr
-) -> None:
+    norms: tensor, largest: tensor, half_norm: tensor, limit: tensor, dim: tensor, padded_codes: tensor,
+    L2: tl.constexpr, BK: tl.constexpr,
+) -> None:  # fmt: skip
     """half_norm (H, padded K) fp32: norms less the smallest one, +inf for a code that is not finite; limit (H,)."""
     head = tl.program_id(0).to(tl.int64)
     smallest = tl.full([BK], float("inf"), tl.float64)
@@ -140,8 +141,8 @@ def relative_norms_kernel(
 
 @triton.jit
 def nearest_code_resident_kernel(
-    x: Any, codebook: Any, indices: Any, distance: Any, num_rows: Any, num_codes: Any, dim: Any,
-    x_h: Any, x_n: Any, c_h: Any, c_k: Any, tiles: Any, programs: Any,
+    x: tensor, codebook: tensor, indices: tensor, distance: tensor, num_rows: tensor, num_codes: tensor, dim: tensor,
+    x_h: tensor, x_n: tensor, c_h: tensor, c_k: tensor, tiles: tensor, programs: tensor,
     L2: tl.constexpr, EXACT: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
     DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -163,8 +164,9 @@ def nearest_code_resident_kernel(
 
 @triton.jit
 def store_nearest(
-    index: Any, again: Any, rows: Any, row: Any, present: Any, codebook: Any, stride: Any, indices: Any, distance: Any,
-    num_codes: Any, dim: Any, L2: tl.constexpr, DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    index: tensor, again: tensor, rows: tensor, row: tensor, present: tensor, codebook: tensor, stride: tensor,
+    indices: tensor, distance: tensor, num_codes: tensor, dim: tensor,
+    L2: tl.constexpr, DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """Decides the rows marked ``again`` in fp64, then stores the index and, where asked for, the score of each row."""
     best = tl.zeros([BN], tl.float64)
@@ -182,11 +184,11 @@ def store_nearest(
 
 @triton.jit
 def nearest_code_streamed_kernel(
-    x: Any, codebook: Any, codes: Any, centre: Any, half_norm: Any, limit: Any, indices: Any, distance: Any,
-    num_rows: Any, num_codes: Any, dim: Any, padded_codes: Any, padded_dim: Any,
-    x_h: Any, x_n: Any, c_h: Any, c_k: Any, tiles: Any,
-    L2: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
-    DISTANCE: tl.constexpr, ONE_CHUNK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    x: tensor, codebook: tensor, codes: tensor, centre: tensor, half_norm: tensor, limit: tensor, indices: tensor,
+    distance: tensor, num_rows: tensor, num_codes: tensor, dim: tensor, padded_codes: tensor, padded_dim: tensor,
+    x_h: tensor, x_n: tensor, c_h: tensor, c_k: tensor, tiles: tensor,
+    L2: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr, DISTANCE: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     head = (tl.program_id(0) // tiles).to(tl.int64)
     row = (tl.program_id(0) % tiles).to(tl.int64) * BN + tl.arange(0, BN)
@@ -229,8 +231,9 @@ def nearest_code_streamed_kernel(
 
 @triton.jit
 def centred_rows(
-    rows: Any, present: Any, centre: Any, start: Any, dim: Any, CENTRE: tl.constexpr, NATIVE: tl.constexpr, BD: tl.constexpr
-) -> Any:
+    rows: tensor, present: tensor, centre: tensor, start: tensor, dim: tensor,
+    CENTRE: tl.constexpr, NATIVE: tl.constexpr, BD: tl.constexpr,
+) -> tensor:  # fmt: skip
     d = start + tl.arange(0, BD)
     entry = tl.load(rows[:, None] + d[None, :], mask=present[:, None] & (d < dim)[None, :], other=0.0)
     if not NATIVE:
@@ -242,8 +245,8 @@ def centred_rows(
 
 @triton.jit
 def nearest_code_exact_kernel(
-    x: Any, codebook: Any, indices: Any, distance: Any, num_rows: Any, num_codes: Any, dim: Any,
-    x_h: Any, x_n: Any, c_h: Any, c_k: Any, tiles: Any,
+    x: tensor, codebook: tensor, indices: tensor, distance: tensor, num_rows: tensor, num_codes: tensor, dim: tensor,
+    x_h: tensor, x_n: tensor, c_h: tensor, c_k: tensor, tiles: tensor,
     L2: tl.constexpr, DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ) -> None:  # fmt: skip
     head = (tl.program_id(0) // tiles).to(tl.int64)

@@ -1,0 +1,233 @@
+"""code_statistics in Triton: exact counts and bitwise reproducible sums, without float atomics.
+
+While all sums fit one tile, each persistent program adds up its own rows. Otherwise the rows are sorted by code, each
+tile of sorted rows sums its runs, and run k of tile j is stored in slot j + k: both only grow along the sorted rows, so
+every pair has a slot of its own. Either way one kernel merges the parts in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language import tensor
+
+from lamkernels import tuning
+from lamkernels.ops.triton_common import (
+    fp32_product,
+    grouped_sum,
+    is_finite,
+    on_device,
+    persistent_programs,
+    unit_inner,
+)
+
+
+@triton.jit
+def code_sums_kernel(
+    x: tensor, indices: tensor, parts: tensor, part_counts: tensor, num_rows: tensor, num_codes: tensor, dim: tensor,
+    x_h: tensor, x_n: tensor, i_h: tensor, i_n: tensor, tiles: tensor, programs: tensor,
+    DOT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+) -> None:  # fmt: skip
+    """parts (H, P, K, D) fp32 and part_counts (H, P, K) int32 of the rows of each program."""
+    head = (tl.program_id(0) // programs).to(tl.int64)
+    k = tl.arange(0, BK)
+    d = tl.arange(0, BD)
+    total = tl.zeros([BK, BD], tl.float32)
+    count = tl.zeros([BK], tl.int32)
+    for tile in range(tl.program_id(0) % programs, tiles, programs):
+        row = tl.cast(tile, tl.int64) * BN + tl.arange(0, BN)
+        code = tl.load(indices + head * i_h + row * i_n, mask=row < num_rows, other=-1)
+        counted = (code >= 0) & (code < num_codes)  # [BN]
+        source = x + head * x_h + row[:, None] * x_n + d[None, :]
+        entry = tl.load(source, mask=counted[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)  # [BN, BD]
+        counted = counted & (tl.min(is_finite(entry).to(tl.int32), axis=1) > 0)
+        member = (code[None, :] == k[:, None]) & counted[None, :]  # [BK, BN]
+        total += grouped_sum(member, tl.where(counted[:, None], entry, 0.0), DOT)
+        count += tl.sum(member.to(tl.int32), axis=1)
+    part = tl.program_id(0).to(tl.int64) * num_codes + k
+    tl.store(parts + part[:, None] * dim + d[None, :], total, mask=(k < num_codes)[:, None] & (d < dim)[None, :])
+    tl.store(part_counts + part, count, mask=k < num_codes)
+
+
+@triton.jit
+def row_keys_kernel(
+    x: tensor, indices: tensor, keys: tensor, num_rows: tensor, num_codes: tensor, dim: tensor, x_h: tensor,
+    x_n: tensor, i_h: tensor, i_n: tensor, tiles: tensor,
+    BN: tl.constexpr, BD: tl.constexpr,
+) -> None:  # fmt: skip
+    """keys (H, N) int64: the index of each row that counts, −1 for the others."""
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    row = (tl.program_id(0) % tiles).to(tl.int64) * BN + tl.arange(0, BN)
+    code = tl.load(indices + head * i_h + row * i_n, mask=row < num_rows, other=-1)
+    counted = (code >= 0) & (code < num_codes)
+    for start in range(0, dim, BD):
+        d = start + tl.arange(0, BD)
+        inside = counted[:, None] & (d < dim)[None, :]  # [BN, BD]
+        entry = tl.load(x + head * x_h + row[:, None] * x_n + d[None, :], mask=inside, other=0.0)
+        if entry.dtype != tl.float64:
+            entry = entry.to(tl.float32)
+        counted = counted & (tl.min(is_finite(entry).to(tl.int32), axis=1) > 0)
+    tl.store(keys + head * num_rows + row, tl.where(counted, code, -1), mask=row < num_rows)
+
+
+@triton.jit
+def segment_sums_kernel(
+    x: tensor, codebook: tensor, keys: tensor, order: tensor, parts: tensor, num_rows: tensor, num_codes: tensor,
+    dim: tensor, x_h: tensor, x_n: tensor, c_h: tensor, c_k: tensor, tiles: tensor, chunks: tensor,
+    RESIDUAL: tl.constexpr, DOT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+) -> None:  # fmt: skip
+    """parts (H, T + K, D): slot j + k holds the sum of x, or of x − c_k, over the rows of code k in sorted tile j."""
+    head = (tl.program_id(0) // (tiles * chunks)).to(tl.int64)
+    tile = ((tl.program_id(0) // chunks) % tiles).to(tl.int64)
+    d = (tl.program_id(0) % chunks) * BD + tl.arange(0, BD)
+    lane = tl.arange(0, BN)
+    place = head * num_rows + tile * BN + lane
+    key = tl.load(keys + place, mask=tile * BN + lane < num_rows, other=-1)
+    row = tl.load(order + place, mask=key >= 0, other=0)
+    inside = (key >= 0)[:, None] & (d < dim)[None, :]  # [BN, BD]
+    wide = parts.dtype.element_ty
+    value = tl.load(x + head * x_h + row[:, None] * x_n + d[None, :], mask=inside, other=0.0).to(wide)
+    if RESIDUAL:
+        value -= tl.load(codebook + head * c_h + key[:, None] * c_k + d[None, :], mask=inside, other=0.0).to(wide)
+    member = (key[:, None] == key[None, :]) & (key >= 0)[None, :]  # [BN, BN]
+    first = tl.min(tl.where(member, lane[None, :], BN), axis=1) == lane  # of its run in this tile
+    slot = head * (tiles + num_codes) + tile + key
+    total = grouped_sum(member, value, DOT)
+    tl.store(parts + slot[:, None] * dim + d[None, :], total, mask=first[:, None] & inside)
+
+
+@triton.jit
+def merge_sums_kernel(
+    parts: tensor, part_counts: tensor, part_losses: tensor, codebook: tensor, counts: tensor, sums: tensor,
+    residual_sums: tensor, commitment_loss: tensor, codebook_loss: tensor, rows_in: tensor, num_codes: tensor,
+    dim: tensor, c_h: tensor, c_k: tensor, num_parts: tensor, num_losses: tensor, chunks: tensor,
+    SEGMENTS: tl.constexpr, RESIDUAL: tl.constexpr, SEGMENT: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+) -> None:  # fmt: skip
+    """Adds up the parts of each code in fp64 and in a fixed order; finishes sums, and the losses where there are any.
+
+    Args:
+        part_counts: (H, P, K) int32, or with SEGMENTS (H, K + 1) int64: where the rows of each code start and end.
+        part_losses: (H, L, 2) fp64: Σ(x − q)² and the number of rows.
+        num_parts: P, or with SEGMENTS the number of tiles.
+    """
+    head = (tl.program_id(0) // (num_codes * chunks)).to(tl.int64)
+    k = ((tl.program_id(0) // chunks) % num_codes).to(tl.int64)
+    d = (tl.program_id(0) % chunks) * BD + tl.arange(0, BD)
+    if SEGMENTS:
+        start = tl.load(part_counts + head * (num_codes + 1) + k)
+        stop = tl.load(part_counts + head * (num_codes + 1) + k + 1)
+        count = stop - start
+        low, high = start // SEGMENT, tl.where(count > 0, (stop + SEGMENT - 1) // SEGMENT, start // SEGMENT)
+        base, step = head * (num_parts + num_codes) + k, 1
+    else:
+        count = tl.zeros([], tl.int64)
+        low, high = tl.zeros([], tl.int64), tl.cast(num_parts, tl.int64)
+        base, step = head * num_parts * num_codes + k, num_codes
+    total = tl.zeros([BD], tl.float64)
+    for first in range(low, high, BP):
+        part = first + tl.arange(0, BP)
+        slot = base + part * step  # [BP]
+        source = parts + slot[:, None] * dim + d[None, :]
+        value = tl.load(source, mask=(part < high)[:, None] & (d < dim)[None, :], other=0.0)  # [BP, BD]
+        total += tl.sum(value.to(tl.float64), axis=0)
+        if not SEGMENTS:
+            count += tl.sum(tl.load(part_counts + slot, mask=part < high, other=0).to(tl.int64), axis=0)
+    tl.store(counts + head * num_codes + k, count)
+    out = (head * num_codes + k) * dim + d
+    if RESIDUAL:  # the sum of the rows of code k is n·c + R, without the cancellation of s − n·c
+        tl.store(residual_sums + out, total.to(sums.dtype.element_ty), mask=d < dim)
+        # a code that is not finite has no rows, and 0 · NaN would not be 0
+        code = tl.load(codebook + head * c_h + k * c_k + d, mask=d < dim, other=0.0).to(tl.float64)
+        total += tl.where(count > 0, count.to(tl.float64) * code, 0.0)
+        if tl.program_id(0) % (num_codes * chunks) == 0:
+            finish_losses(part_losses, commitment_loss, codebook_loss, rows_in, head, dim, num_losses)
+    tl.store(sums + out, total.to(sums.dtype.element_ty), mask=d < dim)
+
+
+@triton.jit
+def finish_losses(
+    part_losses: tensor, commitment_loss: tensor, codebook_loss: tensor, rows_in: tensor, head: tensor, dim: tensor,
+    num_losses: tensor,
+) -> None:  # fmt: skip
+    lane = tl.arange(0, 256)
+    total = tl.zeros([256], tl.float64)
+    rows = tl.zeros([256], tl.float64)
+    for first in range(0, num_losses, 256):
+        part = head * num_losses + first + lane
+        total += tl.load(part_losses + part * 2, mask=first + lane < num_losses, other=0.0)
+        rows += tl.load(part_losses + part * 2 + 1, mask=first + lane < num_losses, other=0.0)
+    num_rows = tl.sum(rows, axis=0)
+    loss = tl.sum(total, axis=0) / tl.maximum(num_rows * dim, 1.0)
+    tl.store(commitment_loss + head, loss.to(commitment_loss.dtype.element_ty))
+    tl.store(codebook_loss + head, loss.to(codebook_loss.dtype.element_ty))
+    tl.store(rows_in + head, num_rows.to(tl.int64))
+
+
+def segment_sums(x: Tensor, codebook: Tensor | None, keys: Tensor, num_codes: int) -> tuple[Tensor, Tensor, int, int]:
+    """Sums over runs of sorted rows: parts (H, T + K, D), offsets (H, K + 1) int64, the number of tiles T, their size."""
+    (heads, rows, dim), target = x.shape, tuning.target_of(x.device)
+    tile = tuning.segments(target, dim, x.dtype)
+    tiles, chunks = triton.cdiv(rows, tile.rows), triton.cdiv(dim, tile.dim)
+    keys, order = torch.sort(keys, dim=-1, stable=True)
+    bounds = torch.arange(num_codes + 1, device=x.device).expand(heads, -1)
+    offsets = torch.searchsorted(keys, bounds.contiguous())
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    parts = x.new_empty((heads, tiles + num_codes, dim), dtype=wide)
+    if tiles:
+        codes = x if codebook is None else codebook
+        segment_sums_kernel[(heads * tiles * chunks,)](
+            x, codes, keys, order, parts, rows, num_codes, dim, *x.stride()[:2], *codes.stride()[:2], tiles, chunks,
+            codebook is not None, fp32_product(target), tile.rows, tile.dim, num_warps=tile.warps,
+        )  # fmt: skip
+    return parts, offsets, tiles, tile.rows
+
+
+def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """See :func:`lamkernels.code_statistics`. ``x`` (H, N, D), ``indices`` (H, N) int64."""
+    x, target = unit_inner(x), tuning.target_of(x.device)
+    (heads, rows, dim), wide = x.shape, torch.float64 if x.dtype == torch.float64 else torch.float32
+    counts = x.new_empty((heads, num_codes), dtype=torch.int64)
+    sums = x.new_empty((heads, num_codes, dim), dtype=wide)
+    if sums.numel() == 0:
+        return counts, sums
+    sizes, strides = (rows, num_codes, dim), (*x.stride()[:2], *indices.stride())
+    tile = None if wide == torch.float64 else tuning.resident(target, *sizes)
+    with on_device(x):
+        if tile is not None:
+            tiles = triton.cdiv(rows, tile.rows)
+            programs = max(1, min(tiles, persistent_programs(x.device)))
+            parts = x.new_empty((heads, programs, num_codes, dim), dtype=wide)
+            part_counts = x.new_empty((heads, programs, num_codes), dtype=torch.int32)
+            code_sums_kernel[(heads * programs,)](
+                x, indices, parts, part_counts, *sizes, *strides, tiles, programs, fp32_product(target),
+                tile.rows, tile.codes, tile.dim, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+            merge_sums(parts, part_counts, None, None, counts, sums, None, (), programs, 0)
+        else:
+            keys, tile = torch.empty_like(indices, memory_format=torch.contiguous_format), tuning.elementwise(target, dim)
+            tiles = triton.cdiv(rows, tile.rows)
+            if tiles:
+                row_keys_kernel[(heads * tiles,)](x, indices, keys, *sizes, *strides, tiles, tile.rows, tile.dim)
+            parts, offsets, tiles, segment = segment_sums(x, None, keys, num_codes)
+            merge_sums(parts, offsets, None, None, counts, sums, None, (), tiles, segment)
+    return counts, sums
+
+
+def merge_sums(
+    parts: Tensor, part_counts: Tensor, part_losses: Tensor | None, codebook: Tensor | None, counts: Tensor,
+    sums: Tensor, residual_sums: Tensor | None, losses: tuple[Tensor, ...], num_parts: int, segment: int,
+) -> None:  # fmt: skip
+    """Launches merge_sums_kernel; ``losses`` are (commitment_loss, codebook_loss, rows_in), ``segment`` is 0 for (H, P, K, D)."""
+    heads, num_codes, dim = sums.shape
+    entries = tuning.power(min(dim, 128))
+    chunks = triton.cdiv(dim, entries)
+    unused = (sums, sums, sums) if not losses else losses
+    strides = (0, 0) if codebook is None else codebook.stride()[:2]
+    merge_sums_kernel[(heads * num_codes * chunks,)](
+        parts, part_counts, sums if part_losses is None else part_losses, sums if codebook is None else codebook,
+        counts, sums, sums if residual_sums is None else residual_sums, *unused, num_codes, dim, *strides,
+        num_parts, 0 if part_losses is None else part_losses.shape[1], chunks,
+        segment > 0, codebook is not None, max(segment, 1), 32, entries, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,34 @@
+"""What every test shares: the backends that run here, and unwritten memory that shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import lamkernels as lk
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``backend`` runs a test on every backend that takes CPU tensors here."""
+    if "backend" in metafunc.fixturenames:
+        status = lk.available_backends()
+        names = [name for name in ("reference", "numba") if status[name].available]
+        metafunc.parametrize("backend", names)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch fills the memory that ``torch.empty`` returns with NaN and the largest integers: no output is left out."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

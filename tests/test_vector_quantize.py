@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import assert_contract
+from torch.nn import functional as F
+
+import lamkernels as lk
+
+from conftest import DTYPES
+
+# fused sums, sums in a pass of their own (K·D > 32768), one row, one code, tails
+SHAPES = [(1, 1, 1), (300, 8, 32), (257, 64, 16), (123, 7, 5), (500, 1100, 33), (2000, 300, 130)]
+
+
+def expected(x, codebook, indices, inside):
+    """Losses, counts and sums by plain torch in fp64, for given indices; differentiable."""
+    q = codebook[indices.clamp(min=0)]
+    commitment = F.mse_loss(x[inside], q[inside].detach()) if inside.any() else x.sum() * 0
+    loss = F.mse_loss(q[inside], x[inside].detach()) if inside.any() else codebook.sum() * 0
+    counts = torch.bincount(indices[inside], minlength=len(codebook))
+    sums = torch.zeros_like(codebook).index_add(0, indices[inside], x[inside].detach())
+    return q, commitment, loss, counts, sums
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_outputs_and_gradients(backend, shape, dtype, masked):
+    rows, codes, dim = shape
+    x = torch.randn(rows, dim).to(dtype).requires_grad_()
+    codebook = torch.randn(codes, dim).to(dtype).requires_grad_()
+    mask = torch.rand(rows) < 0.7 if masked else None
+    out = lk.vector_quantize(x, codebook, mask=mask, backend=backend)
+    inside = torch.ones(rows, dtype=torch.bool) if mask is None else mask
+    assert (out.indices[~inside] == -1).all() and (out.quantized[~inside] == 0).all()
+    assert_contract(x.detach()[inside], codebook.detach(), out.indices[inside])
+
+    wide, wide_codebook = (t.detach().double().requires_grad_() for t in (x, codebook))
+    q, commitment, loss, counts, sums = expected(wide, wide_codebook, out.indices, inside)
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+    rounding = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
+    assert torch.equal(out.quantized[inside], codebook.detach()[out.indices[inside]])
+    assert out.commitment_loss.dtype == out.codebook_loss.dtype == out.sums.dtype == accumulated
+    torch.testing.assert_close(out.commitment_loss.double(), commitment, **rounding)
+    torch.testing.assert_close(out.codebook_loss.double(), loss, **rounding)
+    assert torch.equal(out.counts, counts)
+    size = rows * rounding["rtol"]  # of sums of so many rows
+    torch.testing.assert_close(out.sums.double(), sums, rtol=rounding["rtol"], atol=size)
+
+    grad = torch.randn(rows, dim).to(dtype)
+    torch.autograd.backward([out.quantized, 3 * out.commitment_loss + 5 * out.codebook_loss], [grad, None])
+    straight_through = wide + (q - wide).detach()
+    weight = inside[:, None] * grad.double()
+    torch.autograd.backward([straight_through, 3 * commitment + 5 * loss], [weight, None])
+    half = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(dtype, 0.0)  # the gradients are stored in dtype
+    for mine, theirs in ((x.grad, wide.grad), (codebook.grad, wide_codebook.grad)):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(
+            mine.double(), theirs, rtol=rounding["rtol"] * 10 + half, atol=rounding["atol"] + half / 100
+        )
+
+
+def test_statistics_of_residuals_do_not_cancel(backend):
+    # codes where k-means has converged: the gradient is a small difference of large sums
+    codebook = 100 * torch.randn(4, 16)
+    x = codebook.repeat_interleave(3000, 0)
+    noise = 1e-2 * torch.randn(4, 3000, 16)
+    x = x + (noise - noise.mean(1, keepdim=True)).reshape(-1, 16)
+    leaf = codebook.clone().requires_grad_()
+    out = lk.vector_quantize(x, leaf, backend=backend)
+    out.codebook_loss.backward()
+    exact = torch.stack([(x[i * 3000 : (i + 1) * 3000].double() - codebook[i].double()).sum(0) for i in range(4)])
+    exact *= -2 / x.numel()
+    # the naive n·c − s in fp32 is off by 1e-4 of the residuals' scale and more
+    assert (leaf.grad.double() - exact).abs().max() <= 1e-6 * (2 * 3000 * 1e-2 / x.numel())
+
+
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        lambda q: q.sum(),  # an expanded gradient, stride 0
+        lambda q: (q * torch.arange(q.shape[-1])).sum(),
+        lambda q: (q.transpose(0, 1) * torch.randn(q.shape[1], q.shape[0], 1)).sum(),
+        lambda q: q[:, ::2].square().sum(),
+        lambda q: (q.mean(-1) ** 2).sum(),  # stride 0 along the last axis only
+    ],
+)
+@pytest.mark.parametrize("layout", [lambda x: x, lambda x: x.transpose(0, 1), lambda x: x[..., ::2]])
+def test_any_strides_of_the_gradient_and_of_x(backend, gradient, layout):
+    base = torch.randn(10, 12, 8, requires_grad=True)
+    x = layout(base)
+    codebook = torch.randn(9, x.shape[-1])
+    torch.manual_seed(1)
+    gradient(lk.vector_quantize(x, codebook, backend=backend).quantized).backward()
+    mine, base.grad = base.grad, None
+    codes = codebook[lk.nearest_code(x, codebook, backend=backend)]
+    torch.manual_seed(1)
+    gradient(layout(base) + (codes - layout(base)).detach()).backward()
+    torch.testing.assert_close(mine, base.grad)
+
+
+def test_rows_that_are_not_finite_are_in_nothing(backend):
+    x, codebook = torch.randn(100, 8), torch.randn(5, 8)
+    codebook[3, 0] = torch.nan
+    bad = torch.zeros(100, dtype=torch.bool)
+    bad[::9] = True
+    x[bad, 2] = torch.inf
+    leaf = x.clone().requires_grad_()
+    out = lk.vector_quantize(leaf, codebook, backend=backend)
+    clean = lk.vector_quantize(x[~bad], codebook, backend=backend)
+    assert out.quantized[bad].isnan().all() and (out.indices[bad] == -1).all()
+    assert torch.equal(out.quantized[~bad], clean.quantized)
+    assert torch.equal(out.counts, clean.counts) and out.counts.sum() == (~bad).sum() and out.counts[3] == 0
+    torch.testing.assert_close(out.commitment_loss, clean.commitment_loss)
+    torch.testing.assert_close(out.sums, clean.sums, rtol=1e-6, atol=1e-5)
+    assert out.sums.isfinite().all()
+    (out.quantized.nan_to_num().sum() + out.commitment_loss).backward()
+    assert (leaf.grad[bad] == 0).all() and leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows(backend, dtype):
+    x = torch.empty(0, 4, 3, dtype=dtype, requires_grad=True)
+    codebook = torch.randn(5, 3).to(dtype).requires_grad_()
+    out = lk.vector_quantize(x, codebook, backend=backend)
+    assert out.quantized.shape == (0, 4, 3) and out.indices.shape == (0, 4)
+    assert out.commitment_loss == 0 and out.codebook_loss == 0
+    assert (out.counts == 0).all() and (out.sums == 0).all()
+    (out.quantized.sum() + out.commitment_loss + out.codebook_loss).backward()
+    assert x.grad.shape == x.shape and (codebook.grad == 0).all()
+
+
+def test_amp_half_rows_with_an_fp32_codebook(backend):
+    x = torch.randn(400, 16).bfloat16().requires_grad_()
+    codebook = torch.randn(20, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = lk.vector_quantize(x, codebook, backend=backend)
+        assert out.quantized.dtype == torch.bfloat16 and out.commitment_loss.dtype == torch.float32
+    (out.quantized.float().sum() + out.commitment_loss + out.codebook_loss).backward()
+    assert x.grad.dtype == torch.bfloat16 and codebook.grad.dtype == torch.float32
+    rows, codes = x.detach().double(), codebook.detach().double()
+    torch.testing.assert_close(out.codebook_loss.double(), F.mse_loss(rows, codes[out.indices]), rtol=1e-6, atol=0)
+    assert torch.equal(out.quantized, codebook.detach().bfloat16()[out.indices])
+
+
+def test_gradients_survive_an_in_place_update_of_the_codebook(backend):
+    x, codebook = torch.randn(50, 4, requires_grad=True), torch.randn(6, 4)
+    out = lk.vector_quantize(x, codebook, backend=backend)
+    residual = x.detach() - codebook[out.indices]
+    codebook.add_(1.0)
+    out.commitment_loss.backward()
+    torch.testing.assert_close(x.grad, 2 * residual / x.numel())
+
+
+def test_gradient_none_stops_at_the_output(backend):
+    x, codebook = torch.randn(20, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    out = lk.vector_quantize(x, codebook, gradient="none", backend=backend)
+    assert not out.quantized.requires_grad
+    out.commitment_loss.backward()
+    assert x.grad.abs().sum() > 0 and (codebook.grad == 0).all()
+
+
+def test_a_codebook_per_head_counts_every_row_once(backend):
+    x, codebook = torch.randn(3, 40, 8), torch.randn(3, 10, 8, requires_grad=True)
+    mask = torch.rand(3, 40) < torch.tensor([[0.2], [0.9], [0.5]])
+    out = lk.vector_quantize(x, codebook, mask=mask, backend=backend)
+    assert out.counts.shape == (3, 10) and out.sums.shape == (3, 10, 8)
+    residual = (x - lk.lookup(out.indices, codebook.detach()))[mask]
+    torch.testing.assert_close(out.commitment_loss, residual.square().mean())
+    out.codebook_loss.backward()
+    for head in range(3):
+        rows, indices = x[head][mask[head]], out.indices[head][mask[head]]
+        leaf = codebook.detach()[head].clone().requires_grad_()
+        ((leaf[indices] - rows).square().sum() / (mask.sum() * 8)).backward()
+        torch.testing.assert_close(codebook.grad[head], leaf.grad)
+
+
+def test_cosine_compares_normalised_vectors(backend):
+    x, codebook = torch.randn(60, 8, requires_grad=True), torch.randn(7, 8, requires_grad=True)
+    out = lk.vector_quantize(x, codebook, metric="cosine", backend=backend)
+    rows, codes = F.normalize(x, dim=-1), F.normalize(codebook, dim=-1)
+    indices = (rows @ codes.T).argmax(-1)
+    assert torch.equal(out.indices, indices)
+    torch.testing.assert_close(out.quantized, codes[indices])
+    torch.testing.assert_close(out.commitment_loss, F.mse_loss(rows, codes[indices].detach()))
+    torch.autograd.backward(out.commitment_loss + out.codebook_loss)
+    mine = x.grad, codebook.grad
+    x.grad = codebook.grad = None
+    (F.mse_loss(rows, codes[indices].detach()) + F.mse_loss(codes[indices], rows.detach())).backward()
+    torch.testing.assert_close(mine, (x.grad, codebook.grad))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (500, 20, 37), (300, 2000, 17), (0, 3, 2)], ids=str)
+def test_code_statistics(backend, shape, dtype):
+    rows, codes, dim = shape
+    x = torch.randn(rows, dim).to(dtype).requires_grad_()
+    indices = torch.randint(-1, codes + 1, (rows,))  # both ends out of range
+    if rows > 10:
+        with torch.no_grad():
+            x[3, 0] = torch.nan
+    counts, sums = lk.code_statistics(x, indices, codes, backend=backend)
+    counted = (indices >= 0) & (indices < codes) & x.isfinite().all(-1)
+    assert counts.dtype == torch.int64
+    assert torch.equal(counts, torch.bincount(indices[counted], minlength=codes))
+    exact = torch.zeros(codes, dim, dtype=torch.float64).index_add(0, indices[counted], x.detach()[counted].double())
+    assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(sums.double(), exact, rtol=1e-6, atol=1e-6)
+    weight = torch.randn_like(sums)
+    (sums * weight).sum().backward()
+    expected_grad = torch.where(counted[:, None], weight[indices.clamp(0, codes - 1)], 0).to(dtype)
+    assert torch.equal(x.grad, expected_grad)
+
+
+def test_lookup_is_the_inverse_of_the_indices():
+    codebook = torch.randn(7, 3, requires_grad=True)
+    indices = torch.tensor([[0, 6], [-1, 2]])
+    out = lk.lookup(indices, codebook)
+    assert out.shape == (2, 2, 3) and out[1, 0].isnan().all()
+    assert torch.equal(out[0], codebook[[0, 6]]) and torch.equal(out[1, 1], codebook[2])
+    out.nan_to_num().sum().backward()
+    assert torch.equal(codebook.grad.sum(1), torch.tensor([3.0, 0, 3, 0, 0, 0, 3]))
+    per_head = torch.randn(2, 5, 3)
+    both = torch.tensor([[[4, -1]], [[0, 1]]])
+    out = lk.lookup(both, per_head)
+    assert torch.equal(out[0, 0, 0], per_head[0, 4]) and torch.equal(out[1, 0], per_head[1, [0, 1]])
+    assert out[0, 0, 1].isnan().all()
