@@ -1,0 +1,1 @@
+"""Microbenchmarks: workloads, providers, runner and report. Installed as ``lamkernels.bench``."""

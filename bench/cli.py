@@ -1,0 +1,147 @@
+"""``lamkernels bench``: microbenchmarks beside the peers."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from . import report
+from .providers import PROVIDERS
+from .runner import Settings, run
+from .workloads import DTYPES, OPS, SUITES, select
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _names(option: str, allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = [name for name in text.replace(",", " ").split() if name]
+        unknown = [name for name in names if name not in allowed]
+        if unknown or not names:
+            shown = ", ".join(map(repr, unknown)) or "empty"
+            raise argparse.ArgumentTypeError(f"{option} is {shown}; allowed are {', '.join(allowed)}")
+        return names
+
+    return parse
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"--shape is {text!r}; it must be three positive integers N,K,D")
+    rows, codes, dim = map(int, parts)
+    return rows, codes, dim
+
+
+def _positive(option: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{option} is {text!r}; it must be a positive number")
+        return value
+
+    return parse
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="lamkernels bench",
+        description="Times lamkernels and its peers on the same workloads: correctness against fp64 first, one process "
+        "per provider, in turns, rooflines from peaks measured in the same process.",
+        epilog="Lists take commas. Ours are marked *. 'vs best peer' is the best peer's time / this time.",
+    )
+    cuda = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--suite", type=_names("--suite", SUITES), default=["lam", "tokenizer"], help="lam, tokenizer, memory")
+    add("--op", type=_names("--op", OPS), default=list(OPS), help=", ".join(OPS))
+    add(
+        "--shape", type=_shape, action="append", default=[], metavar="N,K,D", help="in place of the suite's; repeatable"
+    )
+    add("--dtype", type=_names("--dtype", DTYPES), help="in place of the workloads' own: " + ", ".join(DTYPES))
+    add("--device", type=_names("--device", ("cpu", "cuda")), default=["cuda" if cuda else "cpu"], help="cpu or cuda")
+    add("--providers", type=_names("--providers", tuple(PROVIDERS)), default=list(PROVIDERS), help=", ".join(PROVIDERS))
+    add("--threads", type=_positive("--threads", int), default=torch.get_num_threads(), help="for every provider alike")
+    add("--rounds", type=_positive("--rounds", int), help="how often the providers take turns (3)")
+    add("--seconds", type=_positive("--seconds", float), help="of sampling in each turn (1)")
+    add("--timeout", type=_positive("--timeout", float), default=600.0, help="seconds to wait for one answer (600)")
+    add("--quick", action="store_true", help="2 rounds of 0.2 seconds")
+    add("--json", type=Path, metavar="PATH", help="write all rows and the context")
+    add("--csv", type=Path, metavar="PATH", help="write all rows in fixed columns")
+    add("--plot", type=Path, metavar="PATH", help="write bars per workload (png, svg or pdf)")
+    add("--out", type=Path, metavar="DIR", help="write bench.json, bench.csv and bench.png there")
+    add("--list", action="store_true", help="list the workloads and providers, and run nothing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; 1 when one of our providers failed or gave a wrong result, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    device = args.device[0]
+    if device == "cuda" and not torch.cuda.is_available() and not args.list:
+        parser.error("--device is 'cuda', but torch finds no CUDA or ROCm device; allowed here is cpu")
+    paths = {"json": args.json, "csv": args.csv, "plot": args.plot}
+    if args.out:
+        paths = {kind: path or args.out / f"bench.{'png' if kind == 'plot' else kind}" for kind, path in paths.items()}
+    if paths["plot"] and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot and --out need matplotlib; pip install 'lamkernels[bench]'")
+    if paths["plot"] and paths["plot"].suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--plot is {str(paths['plot'])!r}; allowed are names in .png, .svg or .pdf")
+    workloads = select(args.suite, args.op, device, args.shape, args.dtype[0] if args.dtype else None)
+    if not workloads:
+        parser.error(f"no workload of suite {', '.join(args.suite)} has op {', '.join(args.op)} on {device}")
+    if args.list:
+        return _list(workloads, device)
+    settings = Settings(
+        device=device,
+        threads=args.threads,
+        rounds=args.rounds or (2 if args.quick else 3),
+        seconds=args.seconds or (0.2 if args.quick else 1.0),
+        timeout=args.timeout,
+    )
+    about = report.context(device, argv)
+    print(
+        f"{about['hardware']}, {settings.threads} threads, torch {about['torch']}, {settings.rounds} rounds", end="\n\n"
+    )
+    rows: list[report.Row] = []
+    interrupted = False
+    try:
+        for group in run(workloads, args.providers, settings):
+            rows += group
+            if group:
+                print(report.table(group), end="\n\n", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted: what follows covers the workloads above", file=sys.stderr)
+    if rows:
+        print(report.summary(rows))
+        writers = {"json": report.write_json, "csv": report.write_csv, "plot": report.write_plot}
+        for kind, path in paths.items():
+            if path:
+                writers[kind](path, rows, about)
+                print(f"wrote {path}")
+    failed = any(row.kind == "ours" and row.status in ("error", "wrong") for row in rows)
+    return 130 if interrupted else int(failed)
+
+
+def _list(workloads: Sequence[Any], device: str) -> int:
+    for workload in workloads:
+        print(f"{workload.suite:10} {workload.name}")
+    print()
+    for provider in PROVIDERS.values():
+        print(f"{provider.name:12} {provider.absent(device) or 'available'}: {', '.join(provider.prepare)}")
+    return 0
