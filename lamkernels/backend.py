@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-BACKENDS = ("auto", "reference", "numba", "triton", "cuda")
+from lamkernels.validation import BACKENDS
 
 
 class BackendStatus(NamedTuple):

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamkernels.backend import BACKENDS
 from lamkernels.ops.code_statistics.op import code_statistics as _code_statistics
 from lamkernels.ops.nearest_code.op import nearest_code as _nearest_code
 from lamkernels.ops.vector_quantize.op import vector_quantize as _vector_quantize
+from lamkernels.validation import (
+    BACKENDS,
+    GRADIENTS,
+    METRICS,
+    PRECISIONS,
+    Backend,
+    Gradient,
+    Metric,
+    Precision,
+    check_codebook,
+    check_float,
+    check_indices,
+    check_mask,
+    check_option,
+    check_tensors,
+)
 
-Metric = Literal["l2", "cosine", "dot"]
-Precision = Literal["default", "exact", "fast"]
-Gradient = Literal["ste", "rotation", "noise", "none"]
-Backend = Literal["auto", "reference", "numba", "triton", "cuda"]
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 COSINE_EPS = 1e-12
 
 
@@ -41,6 +50,30 @@ class VQOutput(NamedTuple):
     codebook_loss: Tensor
     counts: Tensor
     sums: Tensor
+
+
+@overload
+def nearest_code(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: Metric = ...,
+    precision: Precision = ...,
+    return_distance: Literal[False] = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+
+
+@overload
+def nearest_code(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: Metric = ...,
+    precision: Precision = ...,
+    return_distance: Literal[True],
+    backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def nearest_code(
@@ -76,16 +109,15 @@ def nearest_code(
         ValueError: a shape, device or option does not fit; the message names it and what is allowed.
         RuntimeError: the backend asked for cannot run here.
     """
-    _check_tensors(x, codebook)
-    _check_option("metric", metric, ("l2", "cosine", "dot"))
-    _check_option("precision", precision, ("default", "exact", "fast"))
-    _check_option("backend", backend, BACKENDS)
+    check_tensors(x, codebook)
+    check_option("metric", metric, METRICS)
+    check_option("precision", precision, PRECISIONS)
+    check_option("backend", backend, BACKENDS)
     leading = x.shape[:-1]
-    rows, codes, metric = _canonical(x.detach(), codebook.detach(), metric, precision)
-    indices, distance = _nearest_code(rows, codes, metric, precision, return_distance, backend)
-    if return_distance:
-        return indices.reshape(leading), distance.reshape(leading)
-    return indices.reshape(leading)
+    rows, codes, score = _canonical(x.detach(), codebook.detach(), metric, precision)
+    indices, distance = _nearest_code(rows, codes, score, precision, return_distance, backend)
+    indices = cast(Tensor, indices.reshape(leading))
+    return (indices, distance.reshape(leading)) if return_distance else indices
 
 
 def vector_quantize(
@@ -128,21 +160,21 @@ def vector_quantize(
         NotImplementedError: gradient is "rotation" or "noise".
         RuntimeError: the backend asked for cannot run here.
     """
-    _check_tensors(x, codebook)
-    _check_option("gradient", gradient, ("ste", "rotation", "noise", "none"))
-    _check_option("metric", metric, ("l2", "cosine", "dot"))
-    _check_option("precision", precision, ("default", "exact", "fast"))
-    _check_option("backend", backend, BACKENDS)
+    check_tensors(x, codebook)
+    check_option("gradient", gradient, GRADIENTS)
+    check_option("metric", metric, METRICS)
+    check_option("precision", precision, PRECISIONS)
+    check_option("backend", backend, BACKENDS)
     if gradient in ("rotation", "noise"):
         raise NotImplementedError(f"gradient={gradient!r} is not implemented yet; use 'ste' or 'none'")
     if noise is not None or generator is not None:
         raise ValueError(f"noise and generator are for gradient='noise'; gradient is {gradient!r}")
     if mask is not None:
-        _check_mask(mask, x)
+        check_mask(mask, x)
     leading = x.shape[:-1]
-    rows, codes, metric = _canonical(x, codebook, metric, precision)
+    rows, codes, score = _canonical(x, codebook, metric, precision)
     quantized, indices, commitment, codebook_loss, counts, sums, _, num_rows = _vector_quantize(
-        rows, codes, None if mask is None else mask.reshape(rows.shape[:-1]), metric, precision, backend
+        rows, codes, None if mask is None else mask.reshape(rows.shape[:-1]), score, precision, backend
     )
     if gradient == "none":
         quantized = quantized.detach()
@@ -176,9 +208,9 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: Back
         ValueError: a shape, device or option does not fit; the message names it and what is allowed.
         RuntimeError: the backend asked for cannot run here.
     """
-    _check_float("x", x)
-    _check_indices(indices)
-    _check_option("backend", backend, BACKENDS)
+    check_float("x", x)
+    check_indices(indices)
+    check_option("backend", backend, BACKENDS)
     if x.shape[:-1] != indices.shape:
         raise ValueError(
             f"indices has shape {tuple(indices.shape)}; for x of {tuple(x.shape)} it must be {tuple(x.shape[:-1])}"
@@ -205,18 +237,19 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
     Raises:
         TypeError: indices is not int64, or codebook is not a floating-point tensor.
         ValueError: the shapes or devices do not fit.
-        IndexError: on the CPU, an index is below −1 or not below K. (On a GPU an index past K trips torch's device assertion.)
+        IndexError: on the CPU, an index is below −1 or not below K. (On a GPU it trips torch's device assertion.)
     """
-    _check_float("codebook", codebook)
-    _check_codebook(codebook)
-    _check_indices(indices)
+    check_float("codebook", codebook)
+    check_codebook(codebook)
+    check_indices(indices)
     if indices.device != codebook.device:
         raise ValueError(
             f"indices is on {indices.device} and codebook on {codebook.device}; they must be on one device"
         )
     if codebook.ndim == 3 and (indices.ndim == 0 or indices.shape[0] != codebook.shape[0]):
         raise ValueError(
-            f"indices has shape {tuple(indices.shape)}; with a codebook per head its first axis must be {codebook.shape[0]}"
+            f"indices has shape {tuple(indices.shape)}; with a codebook per head its first axis must be "
+            f"{codebook.shape[0]}"
         )
     num_codes, dim = codebook.shape[-2:]
     if indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel():
@@ -242,67 +275,3 @@ def _canonical(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tupl
     if codebook.ndim == 2:
         return x.reshape(1, -1, dim), codebook.unsqueeze(0), metric
     return x.reshape(codebook.shape[0], x.shape[1:-1].numel(), dim), codebook, metric
-
-
-def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
-
-
-def _check_float(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name} is {tensor.dtype}; it must be float32, float16, bfloat16 or float64")
-    if tensor.ndim == 0:
-        raise ValueError(f"{name} is a scalar; it must have an axis of vectors, (..., D)")
-
-
-def _check_indices(indices: Tensor) -> None:
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"indices is a {type(indices).__name__}; it must be a torch.Tensor")
-    if indices.dtype != torch.int64:
-        raise TypeError(f"indices is {indices.dtype}; it must be int64")
-
-
-def _check_codebook(codebook: Tensor) -> None:
-    if codebook.ndim not in (2, 3) or codebook.shape[-1] < 1 or codebook.shape[-2] < 1:
-        raise ValueError(
-            f"codebook has shape {tuple(codebook.shape)}; it must be (K, D) or (H, K, D) with K and D at least 1"
-        )
-
-
-def _check_mask(mask: Tensor, x: Tensor) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask is a {type(mask).__name__}; it must be a torch.Tensor")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask is {mask.dtype}; it must be bool")
-    if mask.shape != x.shape[:-1]:
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}; for x of {tuple(x.shape)} it must be {tuple(x.shape[:-1])}"
-        )
-    if mask.device != x.device:
-        raise ValueError(f"mask is on {mask.device} and x on {x.device}; they must be on one device")
-
-
-def _check_tensors(x: Tensor, codebook: Tensor) -> None:
-    _check_float("x", x)
-    _check_float("codebook", codebook)
-    _check_codebook(codebook)
-    if x.shape[-1] != codebook.shape[-1]:
-        raise ValueError(
-            f"x has rows of {x.shape[-1]} and codebook of {codebook.shape[-1]} entries; they must be equal"
-        )
-    if codebook.ndim == 3 and (x.ndim < 2 or x.shape[0] != codebook.shape[0]):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; with a codebook per head, {tuple(codebook.shape)}, it must be "
-            f"({codebook.shape[0]}, ..., {codebook.shape[-1]})"
-        )
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    if codebook.dtype != x.dtype and not (half and codebook.dtype == torch.float32):
-        raise TypeError(
-            f"codebook is {codebook.dtype} and x is {x.dtype}; codebook must have the dtype of x, or be float32 with "
-            "float16 or bfloat16 x"
-        )
-    if x.device != codebook.device:
-        raise ValueError(f"x is on {x.device} and codebook on {codebook.device}; they must be on one device")

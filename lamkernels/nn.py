@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lamkernels.functional import Backend, Metric, Precision, code_statistics, nearest_code, vector_quantize
+from lamkernels.functional import code_statistics, nearest_code, vector_quantize
+from lamkernels.validation import BACKENDS, METRICS, PRECISIONS, Backend, Metric, Precision, check_option
 
 
 class VectorQuantize(nn.Module):
@@ -83,9 +84,15 @@ class VectorQuantize(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        _check_choice("update", update, ("ema", "gradient"))
-        _check_choice("ema_update", ema_update, ("forward", "manual"))
-        _check_choice("init", init, ("uniform", "kmeans"))
+        for name, option, allowed in (
+            ("update", update, ("ema", "gradient")),
+            ("ema_update", ema_update, ("forward", "manual")),
+            ("init", init, ("uniform", "kmeans")),
+            ("metric", metric, METRICS),
+            ("precision", precision, PRECISIONS),
+            ("backend", backend, BACKENDS),
+        ):
+            check_option(name, option, allowed)
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype is {dtype}; it must be float32 or float64")
         for name, value, valid, rule in (
@@ -113,7 +120,7 @@ class VectorQuantize(nn.Module):
         self.register_buffer("cluster_size", torch.empty(codebook_size, device=device, dtype=dtype))
         self.register_buffer("initialized", torch.tensor(init == "uniform", device=device))
         self._needs_init = init == "kmeans"  # the host's copy of ~initialized: a forward asks nothing of the GPU
-        self.register_load_state_dict_post_hook(_read_initialized)
+        self.register_load_state_dict_post_hook(_read_initialized)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
     @torch.no_grad()
@@ -219,11 +226,6 @@ class VectorQuantize(nn.Module):
 def _read_initialized(module: nn.Module, _incompatible: Any) -> None:
     assert isinstance(module, VectorQuantize)
     module._needs_init = not bool(module.initialized)
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
 
 
 def _world_size() -> int:

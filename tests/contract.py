@@ -11,10 +11,8 @@ def scores(x: Tensor, codebook: Tensor, metric: str = "l2") -> Tensor:
     x, codebook = x.double(), codebook.double()
     finite = codebook.isfinite().all(-1)
     codes = codebook.masked_fill(~finite[:, None], 0.0)
-    if metric == "l2":
-        values = torch.stack([(x - code).square().sum(-1) for code in codes], -1)
-    else:
-        values = -(x @ codes.T)
+    differences = metric == "l2"
+    values = torch.stack([(x - code).square().sum(-1) for code in codes], -1) if differences else -(x @ codes.T)
     return values.masked_fill(~finite, torch.inf)
 
 

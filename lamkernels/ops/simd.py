@@ -16,6 +16,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+# mypy: disable-error-code="no-untyped-call,no-any-return"
+
 
 def _vector_bits() -> int:
     features = llvm.get_host_cpu_features()

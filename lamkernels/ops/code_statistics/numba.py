@@ -26,7 +26,7 @@ PARAMETERS = 20
 
 
 @njit(**FLAGS)
-def _partial_sums(p, stored, computed):  # type: ignore[no-untyped-def]
+def _partial_sums(p, stored, computed):
     a = carray(p, (PARAMETERS,))
     rows, num_codes, dim, chunks, slices = a[8], a[9], a[10], a[13], a[14]
     stride, size = a[4], (a[8] + a[13] - 1) // max(a[13], 1)
@@ -67,7 +67,7 @@ def _partial_sums(p, stored, computed):  # type: ignore[no-untyped-def]
 
 
 @njit(**FLAGS)
-def _merge(a, head, computed):  # type: ignore[no-untyped-def]
+def _merge(a, head, computed):
     """Adds the chunks of a head in order; with a codebook the sums were residual: Σx = n·c + Σ(x − c)."""
     num_codes, dim, chunks = a[9], a[10], a[13]
     size = num_codes * dim
@@ -89,8 +89,8 @@ def _merge(a, head, computed):  # type: ignore[no-untyped-def]
 
 
 @njit(**FLAGS)
-def _countable_rows(p, stored):  # type: ignore[no-untyped-def]
-    """Copies the indices (7) to (12), −1 for those that are out of range or whose row is not finite; tasks of chunks."""
+def _countable_rows(p, stored):
+    """Copies the indices at 7 to those at 12, −1 where one is out of range or its row not finite."""
     a = carray(p, (PARAMETERS,))
     rows, dim, size = a[8], a[10], (a[8] + CHUNKS - 1) // CHUNKS
     while True:
@@ -108,35 +108,35 @@ def _countable_rows(p, stored):  # type: ignore[no-untyped-def]
             indices[n] = given[n] if check == 0.0 and 0 <= given[n] < a[9] else -1
 
 
-def _sums_f32(p):  # type: ignore[no-untyped-def]
+def _sums_f32(p):
     _partial_sums(p, F32, F32)
 
 
-def _sums_f64(p):  # type: ignore[no-untyped-def]
+def _sums_f64(p):
     _partial_sums(p, F64, F64)
 
 
-def _sums_bf16(p):  # type: ignore[no-untyped-def]
+def _sums_bf16(p):
     _partial_sums(p, BITS_BF16, F32)
 
 
-def _sums_f16(p):  # type: ignore[no-untyped-def]
+def _sums_f16(p):
     _partial_sums(p, BITS_F16, F32)
 
 
-def _countable_f32(p):  # type: ignore[no-untyped-def]
+def _countable_f32(p):
     _countable_rows(p, F32)
 
 
-def _countable_f64(p):  # type: ignore[no-untyped-def]
+def _countable_f64(p):
     _countable_rows(p, F64)
 
 
-def _countable_bf16(p):  # type: ignore[no-untyped-def]
+def _countable_bf16(p):
     _countable_rows(p, BITS_BF16)
 
 
-def _countable_f16(p):  # type: ignore[no-untyped-def]
+def _countable_f16(p):
     _countable_rows(p, BITS_F16)
 
 

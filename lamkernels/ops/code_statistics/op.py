@@ -28,6 +28,7 @@ code_statistics = register(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, indices, *_ = inputs
+    ctx.mark_non_differentiable(output[0])
     ctx.save_for_backward(x, indices)
 
 

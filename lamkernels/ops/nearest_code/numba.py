@@ -42,7 +42,7 @@ CHUNKS, MIN_CHUNK, MAX_CHUNK = 32, 256, 4096  # tasks, and rows in each: a funct
 @functools.cache
 def compiled(kernel: Any) -> Any:
     """The C function of a kernel, compiled on its first use and then taken from Numba's cache on disk."""
-    return cfunc(KERNEL, cache=True, nopython=True)(kernel)
+    return cfunc(KERNEL, cache=True)(kernel)
 
 
 class Codes(NamedTuple):
@@ -56,7 +56,7 @@ class Codes(NamedTuple):
 
 
 @njit(**FLAGS)
-def prepare(codebook, euclidean, tile, codes):  # type: ignore[no-untyped-def]
+def prepare(codebook, euclidean, tile, codes):
     """Centres, negates and packs one codebook (K, D) into tiles [D, tile].
 
     μ is the mean of the finite codes, each entry rounded to a multiple of 2^⌈log2 rms⌉ of its column: 0 for ordinary
@@ -96,7 +96,7 @@ def prepare(codebook, euclidean, tile, codes):  # type: ignore[no-untyped-def]
 
 
 @njit(**FLAGS)
-def _rounded_mean(codebook, finite, count, mean):  # type: ignore[no-untyped-def]
+def _rounded_mean(codebook, finite, count, mean):
     num_codes, dim = codebook.shape
     centre, square = np.zeros(dim, np.float64), np.zeros(dim, np.float64)
     for k in range(num_codes):
@@ -119,7 +119,7 @@ def _rounded_mean(codebook, finite, count, mean):  # type: ignore[no-untyped-def
 
 
 @njit(**FLAGS)
-def nearest_in_fp64(x, codebook, finite, euclidean):  # type: ignore[no-untyped-def]
+def nearest_in_fp64(x, codebook, finite, euclidean):
     """The index of the nearest code of one row (D,) by fp64 differences; −1 if the row or every code is not finite."""
     num_codes, dim = codebook.shape
     check = 0.0
@@ -137,7 +137,7 @@ def nearest_in_fp64(x, codebook, finite, euclidean):  # type: ignore[no-untyped-
 
 
 @njit(**FLAGS)
-def score_in_fp64(x, code, euclidean):  # type: ignore[no-untyped-def]
+def score_in_fp64(x, code, euclidean):
     """Σ(x − c)², or −x·c, of one row and one code."""
     score = 0.0
     if euclidean:
@@ -150,7 +150,7 @@ def score_in_fp64(x, code, euclidean):  # type: ignore[no-untyped-def]
 
 
 @njit(**FLAGS)
-def scan(x, stride, first, stop, last, codebook, codes, options, scratch, out):  # type: ignore[no-untyped-def]
+def scan(x, stride, first, stop, last, codebook, codes, options, scratch, out):
     """Writes the nearest codes of the rows [first, stop), at most a block of them, to out[first:stop].
 
     x: the elements of one head; row n starts at n · stride, and none past ``last`` is read. options: (euclidean,
@@ -188,7 +188,7 @@ def scan(x, stride, first, stop, last, codebook, codes, options, scratch, out): 
 
 
 @njit(**FLAGS)
-def make_scratch(block, dim, codes):  # type: ignore[no-untyped-def]
+def make_scratch(block, dim, codes):
     """What :func:`scan` works in: one a thread, reused for all its blocks."""
     dtype = codes.mean.dtype
     return np.empty(block * dim, dtype), np.empty(block, dtype), np.empty(block, np.int32), np.empty(block, np.uint8)
@@ -200,7 +200,7 @@ LOOKUP = 20
 
 
 @njit(**FLAGS)
-def codes_of_head(a, head, computed):  # type: ignore[no-untyped-def]
+def codes_of_head(a, head, computed):
     """The codebook (K, D) of a head and its prepared form, from the parameters."""
     num_codes, dim, padded = a[9], a[10], a[11]
     codebook = carray(view(a[5], head * a[6], computed), (num_codes, dim))
@@ -218,19 +218,19 @@ def codes_of_head(a, head, computed):  # type: ignore[no-untyped-def]
 
 
 @njit(**FLAGS)
-def elements(address, offset, count, stored):  # type: ignore[no-untyped-def]
+def elements(address, offset, count, stored):
     """``count`` elements of the type of ``stored``, from ``offset`` elements past an address."""
     return carray(view(address, offset, stored), (count,))
 
 
 @njit(**FLAGS)
-def rows_of_head(a, head, stored):  # type: ignore[no-untyped-def]
+def rows_of_head(a, head, stored):
     """The elements that the rows of a head span; row n starts at n · a[4]."""
     return elements(a[2], head * a[3], max(a[8] - 1, 0) * a[4] + a[10], stored)
 
 
 @njit(**FLAGS)
-def _prepare_heads(p, computed):  # type: ignore[no-untyped-def]
+def _prepare_heads(p, computed):
     a = carray(p, (LOOKUP,))
     while True:
         head = fetch_add(a, 0)
@@ -241,7 +241,7 @@ def _prepare_heads(p, computed):  # type: ignore[no-untyped-def]
 
 
 @njit(**FLAGS)
-def _nearest_chunks(p, stored, computed):  # type: ignore[no-untyped-def]
+def _nearest_chunks(p, stored, computed):
     a = carray(p, (LOOKUP + 2,))
     rows, stride, dim, chunk, block = a[8], a[4], a[10], a[15], a[16]
     chunks = (rows + chunk - 1) // chunk
@@ -272,27 +272,27 @@ def _nearest_chunks(p, stored, computed):  # type: ignore[no-untyped-def]
 F32, F64, BITS_BF16, BITS_F16 = np.float32(0), np.float64(0), np.uint16(0), np.int16(0)
 
 
-def _prepare_f32(p):  # type: ignore[no-untyped-def]
+def _prepare_f32(p):
     _prepare_heads(p, F32)
 
 
-def _prepare_f64(p):  # type: ignore[no-untyped-def]
+def _prepare_f64(p):
     _prepare_heads(p, F64)
 
 
-def _nearest_f32(p):  # type: ignore[no-untyped-def]
+def _nearest_f32(p):
     _nearest_chunks(p, F32, F32)
 
 
-def _nearest_f64(p):  # type: ignore[no-untyped-def]
+def _nearest_f64(p):
     _nearest_chunks(p, F64, F64)
 
 
-def _nearest_bf16(p):  # type: ignore[no-untyped-def]
+def _nearest_bf16(p):
     _nearest_chunks(p, BITS_BF16, F32)
 
 
-def _nearest_f16(p):  # type: ignore[no-untyped-def]
+def _nearest_f16(p):
     _nearest_chunks(p, BITS_F16, F32)
 
 

@@ -32,14 +32,14 @@ from lamkernels.ops.nearest_code.numba import (
 from lamkernels.ops.parallel import launch
 from lamkernels.ops.simd import fetch_add, narrow, widen
 
-# The parameters behind those of the lookup: 0 quantized (H, N, D), 1 codebook in x.dtype, 2 its head stride, 3 mask or 0,
-# 4 [NaN, 0] in x.dtype, 5 partial residual sums (tasks, K, D) or 0, 6 partial counts (tasks, K), 7 partial loss and
+# The parameters behind those of the lookup: 0 quantized (H, N, D), 1 codebook in x.dtype, 2 its head stride, 3 mask or
+# 0, 4 [NaN, 0] in x.dtype, 5 partial residual sums (tasks, K, D) or 0, 6 partial counts (tasks, K), 7 partial loss and
 # rows (tasks, 2) fp64, 8 counts, 9 sums, 10 residual sums, 11 commitment loss, 12 codebook loss, 13 rows that are in
 QUANTIZE = LOOKUP + 14
 
 
 @njit(**FLAGS)
-def _quantize_chunks(p, stored, computed):  # type: ignore[no-untyped-def]
+def _quantize_chunks(p, stored, computed):
     a = carray(p, (QUANTIZE,))
     rows, stride, num_codes, dim, chunk, block = a[8], a[4], a[9], a[10], a[15], a[16]
     chunks = (rows + chunk - 1) // chunk
@@ -92,7 +92,7 @@ def _quantize_chunks(p, stored, computed):  # type: ignore[no-untyped-def]
 
 
 @njit(**FLAGS)
-def _add_residual(row, code, sums):  # type: ignore[no-untyped-def]
+def _add_residual(row, code, sums):
     total = code[0] * 0
     for d in range(code.shape[0]):
         residual = widen(row[d]) - code[d]
@@ -102,7 +102,7 @@ def _add_residual(row, code, sums):  # type: ignore[no-untyped-def]
 
 
 @njit(**FLAGS)
-def _squared_residual(row, code):  # type: ignore[no-untyped-def]
+def _squared_residual(row, code):
     total = code[0] * 0
     for d in range(code.shape[0]):
         residual = widen(row[d]) - code[d]
@@ -111,7 +111,7 @@ def _squared_residual(row, code):  # type: ignore[no-untyped-def]
 
 
 @njit(**FLAGS)
-def _finish(a, head, chunks, computed):  # type: ignore[no-untyped-def]
+def _finish(a, head, chunks, computed):
     """The losses of a head and, where the chunks have sums, its counts and sums: in the order of the chunks."""
     num_codes, dim = a[9], a[10]
     loss, inside = 0.0, 0.0
@@ -141,15 +141,15 @@ def _finish(a, head, chunks, computed):  # type: ignore[no-untyped-def]
             sums[k * dim + d] = total[k * dim + d] + np.float64(count[k]) * code if count[k] > 0 else 0.0
 
 
-# int64 parameters of the backward: 2 x, 3 head stride, 4 row stride, 5 quantized (H, N, D), 6 indices (H, N), 7 gradient
-# of quantized or 0, 8 N, 9 K, 10 D, 11 to 13 its strides, 14 gradient of the commitment loss (H,), 15 of the codebook
-# loss (H,), 16 rows that are in (H,), 17 residual sums, 18 gradient of x, 19 gradient of the codebook, 20 H, 21 chunk
+# int64 parameters of the backward: 2 x, 3 head stride, 4 row stride, 5 quantized (H, N, D), 6 indices (H, N),
+# 7 gradient of quantized or 0, 8 N, 9 K, 10 D, 11 to 13 its strides, 14 gradient of the commitment loss (H,), 15 of the
+# codebook loss (H,), 16 rows that are in (H,), 17 residual sums, 18 gradient of x, 19 of the codebook, 20 H, 21 chunk
 BACKWARD = 22
 BACKWARD_CHUNK = 1 << 16  # entries of x in a task
 
 
 @njit(**FLAGS)
-def _backward_chunks(p, stored, computed):  # type: ignore[no-untyped-def]
+def _backward_chunks(p, stored, computed):
     a = carray(p, (BACKWARD,))
     rows, num_codes, dim, chunk = a[8], a[9], a[10], a[21]
     chunks = (rows + chunk - 1) // chunk + 1  # the last one is the codebook's
@@ -191,35 +191,35 @@ def _backward_chunks(p, stored, computed):  # type: ignore[no-untyped-def]
                     to[d] = narrow(same + weight * (widen(row[d]) - widen(code[d])), stored)
 
 
-def _quantize_f32(p):  # type: ignore[no-untyped-def]
+def _quantize_f32(p):
     _quantize_chunks(p, F32, F32)
 
 
-def _quantize_f64(p):  # type: ignore[no-untyped-def]
+def _quantize_f64(p):
     _quantize_chunks(p, F64, F64)
 
 
-def _quantize_bf16(p):  # type: ignore[no-untyped-def]
+def _quantize_bf16(p):
     _quantize_chunks(p, BITS_BF16, F32)
 
 
-def _quantize_f16(p):  # type: ignore[no-untyped-def]
+def _quantize_f16(p):
     _quantize_chunks(p, BITS_F16, F32)
 
 
-def _backward_f32(p):  # type: ignore[no-untyped-def]
+def _backward_f32(p):
     _backward_chunks(p, F32, F32)
 
 
-def _backward_f64(p):  # type: ignore[no-untyped-def]
+def _backward_f64(p):
     _backward_chunks(p, F64, F64)
 
 
-def _backward_bf16(p):  # type: ignore[no-untyped-def]
+def _backward_bf16(p):
     _backward_chunks(p, BITS_BF16, F32)
 
 
-def _backward_f16(p):  # type: ignore[no-untyped-def]
+def _backward_f16(p):
     _backward_chunks(p, BITS_F16, F32)
 
 

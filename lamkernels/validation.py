@@ -1,0 +1,81 @@
+"""Checks of the arguments of public functions: each raises one line that says what was wrong and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Metric = Literal["l2", "cosine", "dot"]
+Precision = Literal["default", "exact", "fast"]
+Gradient = Literal["ste", "rotation", "noise", "none"]
+Backend = Literal["auto", "reference", "numba", "triton", "cuda"]
+METRICS, PRECISIONS, GRADIENTS, BACKENDS = (get_args(option) for option in (Metric, Precision, Gradient, Backend))
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_option(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}; it must be float32, float16, bfloat16 or float64")
+    if tensor.ndim == 0:
+        raise ValueError(f"{name} is a scalar; it must have an axis of vectors, (..., D)")
+
+
+def check_indices(indices: Tensor) -> None:
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices is a {type(indices).__name__}; it must be a torch.Tensor")
+    if indices.dtype != torch.int64:
+        raise TypeError(f"indices is {indices.dtype}; it must be int64")
+
+
+def check_codebook(codebook: Tensor) -> None:
+    if codebook.ndim not in (2, 3) or codebook.shape[-1] < 1 or codebook.shape[-2] < 1:
+        raise ValueError(
+            f"codebook has shape {tuple(codebook.shape)}; it must be (K, D) or (H, K, D) with K and D at least 1"
+        )
+
+
+def check_mask(mask: Tensor, x: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask is a {type(mask).__name__}; it must be a torch.Tensor")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask is {mask.dtype}; it must be bool")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}; for x of {tuple(x.shape)} it must be {tuple(x.shape[:-1])}"
+        )
+    if mask.device != x.device:
+        raise ValueError(f"mask is on {mask.device} and x on {x.device}; they must be on one device")
+
+
+def check_tensors(x: Tensor, codebook: Tensor) -> None:
+    check_float("x", x)
+    check_float("codebook", codebook)
+    check_codebook(codebook)
+    if x.shape[-1] != codebook.shape[-1]:
+        raise ValueError(
+            f"x has rows of {x.shape[-1]} and codebook of {codebook.shape[-1]} entries; they must be equal"
+        )
+    if codebook.ndim == 3 and (x.ndim < 2 or x.shape[0] != codebook.shape[0]):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; with a codebook per head, {tuple(codebook.shape)}, it must be "
+            f"({codebook.shape[0]}, ..., {codebook.shape[-1]})"
+        )
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if codebook.dtype != x.dtype and not (half and codebook.dtype == torch.float32):
+        raise TypeError(
+            f"codebook is {codebook.dtype} and x is {x.dtype}; codebook must have the dtype of x, or be float32 with "
+            "float16 or bfloat16 x"
+        )
+    if x.device != codebook.device:
+        raise ValueError(f"x is on {x.device} and codebook on {codebook.device}; they must be on one device")

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import lamkernels as lk
+
+
+def ema_reference(state, x, indices, decay, eps):
+    """One update of van den Oord et al. 2017, appendix A.1, with Laplace smoothing, in fp64."""
+    codebook, size, sums = (t.double() for t in state)
+    one_hot = F.one_hot(indices.reshape(-1), len(codebook)).double()
+    size = decay * size + (1 - decay) * one_hot.sum(0)
+    sums = decay * sums + (1 - decay) * one_hot.T @ x.reshape(-1, x.shape[-1]).double()
+    smoothed = (size + eps) / (size.sum() + len(codebook) * eps) * size.sum()
+    return sums / smoothed[:, None], size, sums
+
+
+def test_ema_follows_the_formula_in_place(backend):
+    vq = lk.VectorQuantize(6, 10, decay=0.9, backend=backend)
+    buffers = vq.codebook, vq.cluster_size, vq.code_sums
+    addresses = [b.data_ptr() for b in buffers]
+    for _ in range(5):
+        x = torch.randn(4, 30, 6)
+        before = [b.clone() for b in buffers]
+        quantized, indices, loss = vq(x)
+        assert torch.equal(quantized, before[0][indices])  # quantised first, updated after
+        torch.testing.assert_close(loss, F.mse_loss(x, before[0][indices]))
+        for now, then in zip(buffers, ema_reference(before, x, indices, 0.9, 1e-5), strict=True):
+            torch.testing.assert_close(now.double(), then, rtol=1e-5, atol=1e-6)
+    assert [b.data_ptr() for b in (vq.codebook, vq.cluster_size, vq.code_sums)] == addresses
+
+
+def test_evaluation_changes_nothing(backend):
+    vq = lk.VectorQuantize(4, 5, init="kmeans", dead_code_threshold=1.0, backend=backend).eval()
+    before = {name: value.clone() for name, value in vq.state_dict().items()}
+    vq(torch.randn(20, 4))
+    assert all(torch.equal(value, before[name]) for name, value in vq.state_dict().items())
+
+
+def test_gradient_codebook_learns_the_data(backend):
+    centres = 5 * torch.randn(4, 3)
+    vq = lk.VectorQuantize(3, 24, update="gradient", init="kmeans", backend=backend)
+    assert [name for name, _ in vq.named_parameters()] == ["codebook"]
+    optimizer = torch.optim.Adam(vq.parameters(), lr=0.05)
+    losses = []
+    for _ in range(100):
+        x = centres[torch.randint(4, (200,))] + 0.1 * torch.randn(200, 3)
+        _, _, loss = vq(x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert torch.cdist(centres, vq.codebook).amin(1).max() < 0.2
+    assert losses[-1] < 0.05
+
+
+def test_kmeans_initialisation_finds_clusters_once(backend):
+    centres = 10 * torch.randn(6, 4)
+    x = centres[torch.randint(6, (600,))] + 0.01 * torch.randn(600, 4)
+    vq = lk.VectorQuantize(4, 24, init="kmeans", decay=1.0, backend=backend)
+    assert not vq.initialized
+    x[0] = torch.nan
+    vq(x)
+    assert vq.initialized and vq.codebook.isfinite().all()
+    assert torch.cdist(centres, vq.codebook).amin(1).max() < 0.1
+    codebook = vq.codebook.clone()
+    vq(torch.randn(50, 4))
+    torch.testing.assert_close(vq.codebook, codebook)  # decay 1: only an initialisation would move it
+
+
+def test_a_loaded_codebook_is_not_initialised_again(backend):
+    trained = lk.VectorQuantize(4, 5, init="kmeans", backend=backend)
+    trained(torch.randn(50, 4))
+    fresh = lk.VectorQuantize(4, 5, init="kmeans", decay=1.0, backend=backend)
+    fresh.load_state_dict(trained.state_dict())
+    fresh(100 + torch.randn(50, 4))
+    torch.testing.assert_close(fresh.codebook, trained.codebook, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_dead_codes_become_rows_of_the_batch(backend, update):
+    vq = lk.VectorQuantize(4, 8, update=update, decay=0.5, dead_code_threshold=0.8, backend=backend)
+    with torch.no_grad():
+        vq.codebook[2:] = 1e3  # nothing is near them
+    x = torch.randn(100, 4)
+    x[::3] = torch.nan
+    mask = torch.arange(100) % 3 != 1
+    for _ in range(30):  # a row that is NaN or masked may be drawn, and then the code waits for the next step
+        vq(x, mask)
+    drawn = x[mask & x.isfinite().all(-1)]
+    if update == "gradient":
+        assert (vq.codebook[2:] < 100).all()
+        assert (vq.codebook.detach()[2:, None] == drawn).all(-1).any(1).all()
+    assert vq.codebook.isfinite().all() and vq.cluster_size.isfinite().all()
+    assert (vq.cluster_size >= 0.39).all()
+
+
+def test_manual_update_equals_the_one_in_the_forward(backend):
+    automatic = lk.VectorQuantize(4, 6, backend=backend)
+    manual = lk.VectorQuantize(4, 6, ema_update="manual", backend=backend)
+    manual.load_state_dict(automatic.state_dict())
+    x = torch.randn(2, 40, 4)
+    automatic(x)
+    # two micro-batches, one update
+    parts = [lk.code_statistics(part, manual(part)[1], 6, backend=backend) for part in x]
+    manual.update_codebook(sum(p[0] for p in parts), sum(p[1] for p in parts))
+    for name, value in automatic.state_dict().items():
+        torch.testing.assert_close(value, manual.state_dict()[name], msg=name)
+
+
+def test_state_dict_round_trip_continues_bit_for_bit(backend):
+    first = lk.VectorQuantize(4, 6, backend=backend)
+    first(torch.randn(30, 4))
+    second = lk.VectorQuantize(4, 6, backend=backend)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(30, 4)
+    for a, b in zip(first(x), second(x), strict=True):
+        assert torch.equal(a, b)
+    assert set(first.state_dict()) == {"codebook", "cluster_size", "code_sums", "initialized"}
+    with pytest.raises(RuntimeError, match="size mismatch for codebook"):
+        lk.VectorQuantize(4, 7).load_state_dict(first.state_dict())
+
+
+def test_rows_that_are_not_finite_get_index_0_and_nan(backend):
+    vq = lk.VectorQuantize(4, 6, backend=backend)
+    x = torch.randn(10, 4)
+    x[2] = torch.inf
+    quantized, indices, loss = vq(x)
+    assert indices[2] == 0 and quantized[2].isnan().all() and loss.isfinite()
+    assert vq.codebook.isfinite().all()
+
+
+def test_moves_and_casts(backend):
+    vq = lk.VectorQuantize(4, 6, backend=backend).double()
+    quantized, _, loss = vq(torch.randn(10, 4, dtype=torch.float64))
+    assert quantized.dtype == loss.dtype == torch.float64
+    vq.float()
+    quantized, _, loss = vq(torch.randn(10, 4).bfloat16())
+    assert quantized.dtype == torch.bfloat16 and loss.dtype == torch.float32
+
+
+def test_cosine_codebook_stays_useful(backend):
+    vq = lk.VectorQuantize(4, 6, metric="cosine", init="kmeans", backend=backend)
+    quantized, indices, loss = vq(torch.randn(100, 4))
+    torch.testing.assert_close(quantized.norm(dim=-1), torch.ones(100))
+    assert len(indices.unique()) > 1 and loss < 1
+
+
+def test_two_processes_with_an_ema_codebook_are_refused(monkeypatch):
+    monkeypatch.setattr("lamkernels.nn._world_size", lambda: 2)
+    vq = lk.VectorQuantize(4, 6)
+    with pytest.raises(NotImplementedError, match="does not synchronise"):
+        vq(torch.randn(3, 4))
+    vq.eval()(torch.randn(3, 4))
