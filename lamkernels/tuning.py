@@ -24,10 +24,17 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    def options(self) -> dict[str, int | bool]:
+        """The compiler options of a launch. FP fusion is explicit: its default differs between Triton releases."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+PLAIN = Tile(0, 0, 0, 4, 1)  # compiler options of the small kernels with tiles of their own
+
 
 @functools.cache
 def target_of(device: torch.device) -> str:
-    """"sm_90" and the like, "gfx942" and the like, or "interpreter" for CPU tensors."""
+    """The device as "sm_90", "gfx942" and the like, or "interpreter" for CPU tensors."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip is not None:
@@ -47,15 +54,15 @@ def resident(target: str, num_rows: int, num_codes: int, dim: int) -> Tile | Non
     if codes * entries > RESIDENT_ENTRIES or entries > 256:
         return None
     if target == "interpreter":
-        return Tile(16, codes, entries, 4, 1)
+        return Tile(32, codes, entries, 4, 1)
     rows = 32 if num_rows <= SMALL_BATCH or max(codes, entries) > 128 else 64
-    return Tile(rows, codes, entries, 4, 2)
+    return Tile(rows, codes, entries, 8, 1)
 
 
 def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype) -> Tile:
     """The tile of the lookup that streams tiles of codes past a tile of rows."""
     if target == "interpreter":
-        return Tile(16, 16, 16, 4, 1)
+        return Tile(32, 64, 32, 4, 1)
     if dtype in (torch.float16, torch.bfloat16):
         return Tile(128, 128, 64, 8, 3) if target.startswith("sm") else Tile(128, 64, 64, 4, 1)
     return Tile(64, 64, 32, 4, 2) if target.startswith("sm") else Tile(64, 64, 32, 4, 1)
@@ -63,19 +70,19 @@ def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype) -> Tile:
 
 def exact(target: str) -> Tile:
     """The tile of the fp64 scan."""
-    return Tile(16, 16, 1, 4, 1) if target == "interpreter" else Tile(32, 32, 1, 4, 1)
+    return Tile(32, 64, 1, 4, 1) if target == "interpreter" else Tile(32, 32, 1, 4, 1)
 
 
 def segments(target: str, dim: int, dtype: torch.dtype) -> Tile:
     """The tile of the sums over rows sorted by code: ``codes`` equals ``rows``, one slot per row at most."""
     if target == "interpreter":
-        return Tile(16, 16, 16, 4, 1)
+        return Tile(32, 32, 32, 4, 1)
     if dtype == torch.float64:
         return Tile(16, 16, 16, 4, 1)
     return Tile(64, 64, min(power(dim), 64), 4, 1)
 
 
 def elementwise(target: str, dim: int) -> Tile:
-    """The tile of passes without a product: the merge of partial sums, quantised rows, the backward."""
+    """The tile of passes without a product: quantised rows, the keys of rows, the backward."""
     entries = min(power(dim, 1), 256)
-    return Tile(16 if target == "interpreter" else max(1, 4096 // entries), 1, entries, 4, 1)
+    return Tile(32 if target == "interpreter" else 2048 // entries, 1, entries, 4, 1)

@@ -5,6 +5,8 @@ stored relative to the smallest one, so that codes of equal norm do not lose the
 and they are added after the product.
 """
 
+# mypy: allow-untyped-decorators
+# (Triton ships no types)
 from __future__ import annotations
 
 import contextlib
@@ -46,7 +48,7 @@ def grid_centre(mean: tensor, variance: tensor) -> tensor:
 
 @triton.jit
 def product_limit(largest_code: tensor, largest_norm: tensor, dim: tensor) -> tensor:
-    """The largest |x − μ| entry whose fp32 scores are safe; −1 where no row is: the codes themselves are too large or too small."""
+    """The largest |x − μ| entry whose fp32 scores are safe; −1 where none is: the codes are too large or too small."""
     limit = LARGEST_PRODUCT / (tl.maximum(largest_code, SMALLEST_CODE) * dim)
     safe = (largest_norm < LARGEST_PRODUCT) & ((largest_code >= SMALLEST_CODE) | (largest_code == 0.0))
     return tl.where(safe, tl.minimum(limit, LARGEST_PRODUCT), -1.0)
@@ -111,14 +113,12 @@ def scan_exactly(
     rows: tensor, wanted: tensor, codebook: tensor, stride: tensor, num_codes: tensor, dim: tensor,
     L2: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ) -> tensor:  # fmt: skip
-    """The fp64 minimum over all codes for the wanted rows of a tile: index [BN], −1 for a row that is not finite, and score.
+    """The fp64 minimum over all codes of the wanted rows of a tile: index [BN], −1 if a row is not finite, and score.
 
-    Args:
-        rows: [BN] pointers to the first entry of each row.
-        wanted: [BN] bool. The codes are not read when no wanted row is finite.
+    ``rows`` [BN] points to the first entry of each row. The codes are not read when no ``wanted`` row is finite.
     """
     finite = wanted
-    for d in range(0, dim):
+    for d in range(dim):
         finite = finite & is_finite(tl.load(rows + d, mask=wanted, other=0.0).to(tl.float64))
     index = tl.full([BN], -1, tl.int32)
     best = tl.full([BN], float("inf"), tl.float64)
@@ -127,7 +127,7 @@ def scan_exactly(
             k = start + tl.arange(0, BK)
             usable = k < num_codes  # [BK]
             score = tl.zeros([BN, BK], tl.float64)
-            for d in range(0, dim):
+            for d in range(dim):
                 entry = tl.load(rows + d, mask=finite, other=0.0).to(tl.float64)[:, None]
                 code = tl.load(codebook + k.to(tl.int64) * stride + d, mask=k < num_codes, other=0.0).to(tl.float64)
                 usable = usable & is_finite(code)
@@ -173,10 +173,11 @@ def grouped_sum(member: tensor, value: tensor, DOT: tl.constexpr) -> tensor:
     The one-hot factor is exact in every format, so only the splitting of ``value`` rounds, by 2⁻²² in tf32x3.
     """
     if value.dtype == tl.float64:
-        return tl.sum(tl.where(member[:, :, None], value[None, :, :], 0.0), axis=1)
-    # an infinity would reach every group as 0 · inf
-    value = tl.minimum(tl.maximum(value, -LARGEST_SINGLE), LARGEST_SINGLE)
-    return tl.dot(member.to(tl.float32), value, input_precision=DOT, out_dtype=tl.float32)
+        total = tl.sum(tl.where(member[:, :, None], value[None, :, :], 0.0), axis=1)
+    else:  # clamped, because an infinity would reach every group as 0 · inf
+        clamped = tl.minimum(tl.maximum(value, -LARGEST_SINGLE), LARGEST_SINGLE)
+        total = tl.dot(member.to(tl.float32), clamped, input_precision=DOT, out_dtype=tl.float32)
+    return total
 
 
 class Arithmetic(NamedTuple):

@@ -5,6 +5,8 @@ tile of sorted rows sums its runs, and run k of tile j is stored in slot j + k: 
 every pair has a slot of its own. Either way one kernel merges the parts in a fixed order.
 """
 
+# mypy: allow-untyped-decorators
+# (Triton ships no types)
 from __future__ import annotations
 
 import torch
@@ -107,10 +109,8 @@ def merge_sums_kernel(
 ) -> None:  # fmt: skip
     """Adds up the parts of each code in fp64 and in a fixed order; finishes sums, and the losses where there are any.
 
-    Args:
-        part_counts: (H, P, K) int32, or with SEGMENTS (H, K + 1) int64: where the rows of each code start and end.
-        part_losses: (H, L, 2) fp64: Σ(x − q)² and the number of rows.
-        num_parts: P, or with SEGMENTS the number of tiles.
+    ``part_counts`` is (H, P, K) int32, or with SEGMENTS (H, K + 1) int64: where the rows of each code start and end.
+    ``part_losses`` is (H, L, 2) fp64: Σ(x − q)² and the number of rows. ``num_parts`` is P, or the number of tiles.
     """
     head = (tl.program_id(0) // (num_codes * chunks)).to(tl.int64)
     k = ((tl.program_id(0) // chunks) % num_codes).to(tl.int64)
@@ -166,7 +166,7 @@ def finish_losses(
 
 
 def segment_sums(x: Tensor, codebook: Tensor | None, keys: Tensor, num_codes: int) -> tuple[Tensor, Tensor, int, int]:
-    """Sums over runs of sorted rows: parts (H, T + K, D), offsets (H, K + 1) int64, the number of tiles T, their size."""
+    """Sums over runs of sorted rows: parts (H, T + K, D), offsets (H, K + 1) int64, T tiles, and rows of a tile."""
     (heads, rows, dim), target = x.shape, tuning.target_of(x.device)
     tile = tuning.segments(target, dim, x.dtype)
     tiles, chunks = triton.cdiv(rows, tile.rows), triton.cdiv(dim, tile.dim)
@@ -179,7 +179,7 @@ def segment_sums(x: Tensor, codebook: Tensor | None, keys: Tensor, num_codes: in
         codes = x if codebook is None else codebook
         segment_sums_kernel[(heads * tiles * chunks,)](
             x, codes, keys, order, parts, rows, num_codes, dim, *x.stride()[:2], *codes.stride()[:2], tiles, chunks,
-            codebook is not None, fp32_product(target), tile.rows, tile.dim, num_warps=tile.warps,
+            codebook is not None, fp32_product(target), tile.rows, tile.dim, **tile.options(),
         )  # fmt: skip
     return parts, offsets, tiles, tile.rows
 
@@ -202,14 +202,19 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor,
             part_counts = x.new_empty((heads, programs, num_codes), dtype=torch.int32)
             code_sums_kernel[(heads * programs,)](
                 x, indices, parts, part_counts, *sizes, *strides, tiles, programs, fp32_product(target),
-                tile.rows, tile.codes, tile.dim, num_warps=tile.warps, num_stages=tile.stages,
+                tile.rows, tile.codes, tile.dim, **tile.options(),
             )  # fmt: skip
             merge_sums(parts, part_counts, None, None, counts, sums, None, (), programs, 0)
         else:
-            keys, tile = torch.empty_like(indices, memory_format=torch.contiguous_format), tuning.elementwise(target, dim)
+            keys, tile = (
+                torch.empty_like(indices, memory_format=torch.contiguous_format),
+                tuning.elementwise(target, dim),
+            )
             tiles = triton.cdiv(rows, tile.rows)
             if tiles:
-                row_keys_kernel[(heads * tiles,)](x, indices, keys, *sizes, *strides, tiles, tile.rows, tile.dim)
+                row_keys_kernel[(heads * tiles,)](
+                    x, indices, keys, *sizes, *strides, tiles, tile.rows, tile.dim, **tile.options()
+                )
             parts, offsets, tiles, segment = segment_sums(x, None, keys, num_codes)
             merge_sums(parts, offsets, None, None, counts, sums, None, (), tiles, segment)
     return counts, sums
@@ -219,15 +224,15 @@ def merge_sums(
     parts: Tensor, part_counts: Tensor, part_losses: Tensor | None, codebook: Tensor | None, counts: Tensor,
     sums: Tensor, residual_sums: Tensor | None, losses: tuple[Tensor, ...], num_parts: int, segment: int,
 ) -> None:  # fmt: skip
-    """Launches merge_sums_kernel; ``losses`` are (commitment_loss, codebook_loss, rows_in), ``segment`` is 0 for (H, P, K, D)."""
+    """``losses`` are (commitment_loss, codebook_loss, rows_in) or empty; ``segment`` is 0 for parts (H, P, K, D)."""
     heads, num_codes, dim = sums.shape
     entries = tuning.power(min(dim, 128))
     chunks = triton.cdiv(dim, entries)
-    unused = (sums, sums, sums) if not losses else losses
+    outputs = losses or (sums, sums, sums)  # a kernel argument has to be something
     strides = (0, 0) if codebook is None else codebook.stride()[:2]
     merge_sums_kernel[(heads * num_codes * chunks,)](
         parts, part_counts, sums if part_losses is None else part_losses, sums if codebook is None else codebook,
-        counts, sums, sums if residual_sums is None else residual_sums, *unused, num_codes, dim, *strides,
+        counts, sums, sums if residual_sums is None else residual_sums, *outputs, num_codes, dim, *strides,
         num_parts, 0 if part_losses is None else part_losses.shape[1], chunks,
-        segment > 0, codebook is not None, max(segment, 1), 32, entries, num_warps=4,
+        segment > 0, codebook is not None, max(segment, 1), 32, entries, **tuning.PLAIN.options(),
     )  # fmt: skip

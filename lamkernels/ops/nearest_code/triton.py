@@ -5,6 +5,8 @@ launch. A larger one is first made ready (centred, padded, its norms), then stre
 rows are a plain fp64 scan. Rows whose fp32 arithmetic might overflow are scanned again in fp64 by the same program.
 """
 
+# mypy: allow-untyped-decorators
+# (Triton ships no types)
 from __future__ import annotations
 
 import torch
@@ -14,136 +16,25 @@ from torch import Tensor
 from triton.language import tensor
 
 from lamkernels import tuning
+from lamkernels.ops.nearest_code.triton_codebook import ready_codebook
 from lamkernels.ops.triton_common import (
     Arithmetic,
     arithmetic,
     chosen_score,
-    grid_centre,
-    is_finite,
     nearest_resident,
     on_device,
     persistent_programs,
-    product_limit,
     resident_codes,
     scan_exactly,
     unit_inner,
 )
-
-CODES_PER_PROGRAM = 16  # of the kernels that make the codebook ready
-
-
-@triton.jit
-def code_flags_kernel(
-    codebook: tensor, flags: tensor, num_codes: tensor, dim: tensor, stride_h: tensor, stride_k: tensor, tiles: tensor,
-    BK: tl.constexpr, BD: tl.constexpr,
-) -> None:  # fmt: skip
-    """flags (H, K) int8: 1 for a finite code."""
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    k = (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)
-    row = codebook + head * stride_h + k.to(tl.int64) * stride_k
-    finite = k < num_codes
-    for start in range(0, dim, BD):
-        d = start + tl.arange(0, BD)
-        inside = (k < num_codes)[:, None] & (d < dim)[None, :]  # [BK, BD]
-        entry = tl.load(row[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        finite = finite & (tl.min(is_finite(entry).to(tl.int32), axis=1) > 0)
-    tl.store(flags + head * num_codes + k, finite.to(tl.int8), mask=k < num_codes)
-
-
-@triton.jit
-def column_centre_kernel(
-    codebook: tensor, flags: tensor, centre: tensor, num_codes: tensor, dim: tensor, padded_dim: tensor,
-    stride_h: tensor, stride_k: tensor, tiles: tensor,
-    BK: tl.constexpr, BD: tl.constexpr,
-) -> None:  # fmt: skip
-    """centre (H, padded D) fp32: see grid_centre."""
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    d = (tl.program_id(0) % tiles) * BD + tl.arange(0, BD)
-    column = codebook + head * stride_h + d
-    count = tl.zeros([BK], tl.float32)
-    total = tl.zeros([BK, BD], tl.float32)
-    for start in range(0, num_codes, BK):
-        k = start + tl.arange(0, BK)
-        finite = tl.load(flags + head * num_codes + k, mask=k < num_codes, other=0) > 0
-        inside = finite[:, None] & (d < dim)[None, :]  # [BK, BD]
-        count += finite.to(tl.float32)
-        total += tl.load(column[None, :] + k.to(tl.int64)[:, None] * stride_k, mask=inside, other=0.0).to(tl.float32)
-    size = tl.maximum(tl.sum(count, axis=0), 1.0)
-    mean = tl.div_rn(tl.sum(total, axis=0), size + tl.zeros([BD], tl.float32))
-    square = tl.zeros([BK, BD], tl.float32)
-    for start in range(0, num_codes, BK):
-        k = start + tl.arange(0, BK)
-        finite = tl.load(flags + head * num_codes + k, mask=k < num_codes, other=0) > 0
-        inside = finite[:, None] & (d < dim)[None, :]
-        code = tl.load(column[None, :] + k.to(tl.int64)[:, None] * stride_k, mask=inside, other=0.0).to(tl.float32)
-        deviation = tl.where(inside, code - mean[None, :], 0.0)
-        square += deviation * deviation
-    tl.store(centre + head * padded_dim + d, grid_centre(mean, tl.sum(square, axis=0) / size), mask=d < padded_dim)
-
-
-@triton.jit
-def centred_codes_kernel(
-    codebook: tensor, flags: tensor, centre: tensor, codes: tensor, norms: tensor, largest: tensor, num_codes: tensor,
-    dim: tensor, padded_codes: tensor, padded_dim: tensor, stride_h: tensor, stride_k: tensor, tiles: tensor,
-    CENTRE: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-) -> None:  # fmt: skip
-    """codes (H, padded K, padded D): the centred code, 0 where not finite; norms fp64 and largest |entry| fp32 (H, padded K)."""
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    k = (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)
-    finite = tl.load(flags + head * num_codes + k, mask=k < num_codes, other=0) > 0
-    out = (head * padded_codes + k) * padded_dim  # [BK]
-    norm = tl.zeros([BK], tl.float64)
-    top = tl.zeros([BK], tl.float32)
-    for start in range(0, padded_dim, BD):
-        d = start + tl.arange(0, BD)
-        inside = finite[:, None] & (d < dim)[None, :]  # [BK, BD]
-        source = codebook + head * stride_h + k.to(tl.int64)[:, None] * stride_k + d[None, :]
-        code = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        middle = tl.zeros([BD], tl.float32)
-        if CENTRE:
-            middle = tl.load(centre + head * padded_dim + d)
-        exact = tl.where(inside, code.to(tl.float64) - middle.to(tl.float64)[None, :], 0.0)
-        norm += tl.sum(exact * exact, axis=1)
-        centred = tl.where(inside, code - middle[None, :], 0.0)
-        top = tl.maximum(top, tl.max(tl.abs(centred), axis=1))
-        tl.store(codes + out[:, None] + d[None, :], centred.to(codes.dtype.element_ty))
-    tl.store(norms + head * padded_codes + k, tl.where(finite, norm * 0.5, float("inf")))
-    tl.store(largest + head * padded_codes + k, top)
-
-
-@triton.jit
-def relative_norms_kernel(
-    norms: tensor, largest: tensor, half_norm: tensor, limit: tensor, dim: tensor, padded_codes: tensor,
-    L2: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
-    """half_norm (H, padded K) fp32: norms less the smallest one, +inf for a code that is not finite; limit (H,)."""
-    head = tl.program_id(0).to(tl.int64)
-    smallest = tl.full([BK], float("inf"), tl.float64)
-    norm_top = tl.zeros([BK], tl.float32)
-    code_top = tl.zeros([BK], tl.float32)
-    for start in range(0, padded_codes, BK):
-        k = start + tl.arange(0, BK)
-        norm = tl.load(norms + head * padded_codes + k, mask=k < padded_codes, other=float("inf"))
-        smallest = tl.minimum(smallest, norm)
-        norm_top = tl.maximum(norm_top, tl.where(is_finite(norm), norm, 0.0).to(tl.float32))
-        code_top = tl.maximum(code_top, tl.load(largest + head * padded_codes + k, mask=k < padded_codes, other=0.0))
-    base = tl.min(smallest, axis=0)
-    for start in range(0, padded_codes, BK):
-        k = start + tl.arange(0, BK)
-        norm = tl.load(norms + head * padded_codes + k, mask=k < padded_codes, other=float("inf"))
-        relative = tl.where(is_finite(norm), norm - base, 0.0).to(tl.float32)
-        if not L2:
-            relative = tl.zeros([BK], tl.float32)
-        relative = tl.where(is_finite(norm), relative, float("inf"))
-        tl.store(half_norm + head * padded_codes + k, relative, mask=k < padded_codes)
-    tl.store(limit + head, product_limit(tl.max(code_top, axis=0), tl.max(norm_top, axis=0), dim))
 
 
 @triton.jit
 def nearest_code_resident_kernel(
     x: tensor, codebook: tensor, indices: tensor, distance: tensor, num_rows: tensor, num_codes: tensor, dim: tensor,
     x_h: tensor, x_n: tensor, c_h: tensor, c_k: tensor, tiles: tensor, programs: tensor,
-    L2: tl.constexpr, EXACT: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
+    L2: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
     DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     head = (tl.program_id(0) // programs).to(tl.int64)
@@ -285,14 +176,14 @@ def nearest_code(
             tiles = triton.cdiv(rows, tile.rows)
             nearest_code_exact_kernel[(heads * tiles,)](
                 x, codebook, indices, distance, *sizes, *strides, tiles, metric == "l2", return_distance,
-                tile.rows, tile.codes, num_warps=tile.warps,
+                tile.rows, tile.codes, **tile.options(),
             )  # fmt: skip
         elif tile is not None:
             tiles = triton.cdiv(rows, tile.rows)
             programs = min(tiles, persistent_programs(x.device))
             nearest_code_resident_kernel[(heads * programs,)](
-                x, codebook, indices, distance, *sizes, *strides, tiles, programs, metric == "l2", *how, return_distance,
-                tile.rows, tile.codes, tile.dim, num_warps=tile.warps, num_stages=tile.stages,
+                x, codebook, indices, distance, *sizes, *strides, tiles, programs, metric == "l2", how.centre,
+                how.native, how.dot, return_distance, tile.rows, tile.codes, tile.dim, **tile.options(),
             )  # fmt: skip
         else:
             _streamed(x, codebook, indices, distance, metric == "l2", how)
@@ -302,28 +193,10 @@ def nearest_code(
 def _streamed(x: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor, l2: bool, how: Arithmetic) -> None:
     (heads, rows, dim), num_codes = x.shape, codebook.shape[1]
     tile = tuning.streamed(tuning.target_of(x.device), num_codes, dim, x.dtype if how.native else torch.float32)
-    padded = (triton.cdiv(num_codes, tile.codes) * tile.codes, triton.cdiv(dim, tile.dim) * tile.dim)
-    codes = x.new_empty((heads, *padded), dtype=x.dtype if how.native else torch.float32)
-    half_norm, largest = x.new_empty((2, heads, padded[0]), dtype=torch.float32)
-    norms = x.new_empty((heads, padded[0]), dtype=torch.float64)
-    centre = x.new_empty((heads, padded[1]), dtype=torch.float32)
-    limit = x.new_empty((heads,), dtype=torch.float32)
-    flags = x.new_empty((heads, num_codes), dtype=torch.int8)
-    sizes, strides = (num_codes, dim), codebook.stride()[:2]
-    per, entries = CODES_PER_PROGRAM, tile.dim
-    tiles = triton.cdiv(num_codes, per)
-    code_flags_kernel[(heads * tiles,)](codebook, flags, *sizes, *strides, tiles, per, entries)
-    if how.centre:
-        tiles = triton.cdiv(padded[1], 16)
-        column_centre_kernel[(heads * tiles,)](codebook, flags, centre, *sizes, padded[1], *strides, tiles, 128, 16)
-    tiles = padded[0] // per
-    centred_codes_kernel[(heads * tiles,)](
-        codebook, flags, centre, codes, norms, largest, *sizes, *padded, *strides, tiles, how.centre, per, entries
-    )
-    relative_norms_kernel[(heads,)](norms, largest, half_norm, limit, dim, padded[0], l2, 1024)
+    ready = ready_codebook(codebook, tile, l2, how.centre, x.dtype if how.native else torch.float32)
     tiles = triton.cdiv(rows, tile.rows)
     nearest_code_streamed_kernel[(heads * tiles,)](
-        x, codebook, codes, centre, half_norm, limit, indices, distance, rows, num_codes, dim, *padded,
-        *x.stride()[:2], *strides, tiles, l2, how.centre, how.native, how.dot, distance.numel() > 0,
-        dim <= tile.dim, tile.rows, tile.codes, tile.dim, num_warps=tile.warps, num_stages=tile.stages,
+        x, codebook, *ready, indices, distance, rows, num_codes, dim, *ready.codes.shape[1:],
+        *x.stride()[:2], *codebook.stride()[:2], tiles, l2, how.centre, how.native, how.dot, distance.numel() > 0,
+        dim <= tile.dim, tile.rows, tile.codes, tile.dim, **tile.options(),
     )  # fmt: skip

@@ -6,6 +6,8 @@ then the sums over rows sorted by code. Nothing waits for the host and no shape 
 path can be captured in a CUDA graph; the partition is fixed, so that its bits are too.
 """
 
+# mypy: allow-untyped-decorators
+# (Triton ships no types)
 from __future__ import annotations
 
 import torch
@@ -39,7 +41,7 @@ def vector_quantize_fwd_kernel(
     L2: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr, SUM_DOT: tl.constexpr,
     MASK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Lookup, output, and per program parts (H, P, K, D) of the residual sums, (H, P, K) counts, (H, P, 2) loss and rows."""
+    """Lookup, output, and per program: residual sums (H, P, K, D), counts (H, P, K), loss and rows (H, P, 2)."""
     head = (tl.program_id(0) // programs).to(tl.int64)
     codebook += head * c_h
     codes, centre, half_norm, limit = resident_codes(codebook, c_k, num_codes, dim, L2, CENTRE, NATIVE, BK, BD)
@@ -170,7 +172,9 @@ def vector_quantize(
     tile = None if how.exact else tuning.resident(target, rows, num_codes, dim)
     with on_device(x):
         if tile is not None:
-            indices = _fused(x, codebook, mask, quantized, metric == "l2", how, tile, counts, sums, residual_sums, losses)
+            indices = _fused(
+                x, codebook, mask, quantized, metric == "l2", how, tile, counts, sums, residual_sums, losses
+            )
         else:
             indices, _ = nearest_code(x, codebook, metric, precision, False)
             part_losses = _quantize_rows(x, codebook, mask, quantized, indices)
@@ -194,7 +198,7 @@ def _fused(
         x, codebook, indices if mask is None else mask, quantized, indices, parts, part_counts, part_losses,
         rows, num_codes, dim, *x.stride()[:2], *codebook.stride()[:2], *((0, 0) if mask is None else mask.stride()),
         tiles, programs, l2, how.centre, how.native, how.dot, fp32_product(tuning.target_of(x.device)),
-        mask is not None, tile.rows, tile.codes, tile.dim, num_warps=tile.warps, num_stages=tile.stages,
+        mask is not None, tile.rows, tile.codes, tile.dim, **tile.options(),
     )  # fmt: skip
     merge_sums(parts, part_counts, part_losses, codebook, counts, sums, residual_sums, losses, programs, 0)
     return indices
@@ -209,7 +213,7 @@ def _quantize_rows(x: Tensor, codebook: Tensor, mask: Tensor | None, quantized: 
             x, codebook, indices if mask is None else mask, quantized, indices, part_losses, rows, dim,
             *x.stride()[:2], *codebook.stride()[:2], *((0, 0) if mask is None else mask.stride()), tiles,
             mask is not None, tl.float64 if x.dtype == torch.float64 else tl.float32, tile.rows, tile.dim,
-            num_warps=tile.warps,
+            **tile.options(),
         )  # fmt: skip
     return part_losses
 
@@ -232,6 +236,6 @@ def vector_quantize_backward(
             rows, num_codes * dim, dim, *x.stride()[:2],
             *((0, 0, 0) if grad_quantized is None else grad_quantized.stride()),
             grad_commitment.stride(0), grad_codebook_loss.stride(0), tiles, chunks, row_programs, code_tiles,
-            grad_quantized is not None, tile.rows, tile.dim, num_warps=tile.warps,
+            grad_quantized is not None, tile.rows, tile.dim, **tile.options(),
         )  # fmt: skip
     return grad_x, grad_codebook

@@ -1,0 +1,214 @@
+"""The contract of the Triton kernels in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import HARD_DATA, assert_contract, hard_data
+from contract import scores as exact_scores
+from torch import Tensor
+from triton_cases import assert_quantized_like, more_hard_data
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import lamkernels as lk
+from lamkernels import tuning
+from lamkernels.ops.code_statistics import reference as reference_statistics
+from lamkernels.ops.code_statistics import triton as statistics
+from lamkernels.ops.nearest_code import triton as nearest
+from lamkernels.ops.vector_quantize import reference as reference_quantize
+from lamkernels.ops.vector_quantize import triton as quantize
+
+MORE = more_hard_data()
+ROWS = 70  # of the hard data: the interpreter is slow
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float64, torch.float64),
+]
+SHAPES = [(1, 1, 1, 1), (1, 65, 3, 2), (2, 33, 17, 5), (1, 40, 70, 20)]
+
+
+@pytest.fixture(params=["resident", "streamed"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small codebooks take the resident path; "streamed" sends them through the kernels of large ones."""
+    if request.param == "streamed":
+        monkeypatch.setattr(tuning, "resident", lambda *args: None)
+    return str(request.param)
+
+
+def data(
+    heads: int, rows: int, codes: int, dim: int, dtype: torch.dtype, code_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(heads + rows + codes + dim)
+    x = torch.randn(heads, rows, dim, generator=generator)
+    codebook = torch.randn(heads, codes, dim, generator=generator)
+    return x.to(dtype), codebook.to(code_dtype)
+
+
+def hard(name: str) -> tuple[Tensor, Tensor]:
+    x, codebook = MORE[name] if name in MORE else hard_data(name)
+    return x[:ROWS], codebook
+
+
+@pytest.mark.parametrize("name", [*HARD_DATA, *MORE])
+def test_hard_data_keeps_the_contract(name: str, path: str) -> None:
+    x, codebook = hard(name)
+    indices, _ = nearest.nearest_code(x[None], codebook[None], "l2", "default", False)
+    assert_contract(x, codebook, indices[0])
+    if name.startswith("integer"):
+        assert torch.equal(indices[0], exact_scores(x, codebook).argmin(-1))
+
+
+@pytest.mark.parametrize("name", ["one code at 1e7", "entries near 1e30", "NaN and infinity", "duplicate codes", *MORE])
+def test_exact_returns_the_fp64_minimum(name: str) -> None:
+    x, codebook = hard(name)
+    indices, distance = nearest.nearest_code(x[None], codebook[None], "l2", "exact", True)
+    assert_contract(x, codebook, indices[0], precision="exact")
+    want = exact_scores(x, codebook).min(-1).values.masked_fill(~x.isfinite().all(-1), torch.nan).float()
+    torch.testing.assert_close(distance[0], want, equal_nan=True)
+
+
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+@pytest.mark.parametrize(("dtype", "code_dtype"), DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_dtype_and_tail(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, code_dtype: torch.dtype, metric: str, path: str
+) -> None:
+    x, codebook = data(*shape, dtype, code_dtype)
+    indices, distance = nearest.nearest_code(x, codebook, metric, "default", True)
+    for head in range(shape[0]):
+        scores = exact_scores(x[head], codebook[head], metric)
+        chosen = scores.gather(1, indices[head][:, None]).squeeze(1)
+        if metric == "l2":
+            assert_contract(x[head], codebook[head], indices[head])
+        else:
+            scale = x[head].double().norm(dim=-1) * codebook[head].double().norm(dim=-1).max()
+            assert bool((chosen - scores.min(-1).values <= 8 * (2.0**-21 + shape[3] * 2.0**-24) * scale).all())
+        torch.testing.assert_close(distance[head].double(), chosen if metric == "l2" else -chosen, rtol=1e-5, atol=1e-5)
+
+
+def test_only_codes_that_are_not_finite(path: str) -> None:
+    x, codebook = torch.randn(1, 5, 3), torch.full((1, 4, 3), torch.nan)
+    indices, distance = nearest.nearest_code(x, codebook, "l2", "default", True)
+    assert bool((indices == -1).all()) and bool(distance.isnan().all())
+
+
+def test_no_rows(path: str) -> None:
+    x, codebook = torch.empty(2, 0, 3), torch.randn(2, 4, 3)
+    assert nearest.nearest_code(x, codebook, "l2", "default", True)[0].shape == (2, 0)
+    outputs = quantize.vector_quantize(x, codebook, None, "l2", "default")
+    assert outputs[0].shape == (2, 0, 3)
+    assert all(bool((output == 0).all()) for output in outputs[2:])
+
+
+@pytest.mark.parametrize("layout", ["row stride", "expanded", "inner stride", "head stride"])
+def test_strides(layout: str, path: str) -> None:
+    base = torch.randn(40, 3, 14)
+    x = {
+        "row stride": base[:, 1:2, 2:9].transpose(0, 1),  # (1, 40, 7), rows 42 apart
+        "expanded": base[:1, :1, :7].expand(1, 40, 7),
+        "inner stride": base[:, :1, ::2].transpose(0, 1),
+        "head stride": base[:, :, :7].transpose(0, 1),  # (3, 40, 7)
+    }[layout]
+    codebook = torch.randn(1, 5, 7).expand(x.shape[0], 5, 7)
+    got = quantize.vector_quantize(x, codebook, None, "l2", "default")
+    want = quantize.vector_quantize(x.contiguous(), codebook.contiguous(), None, "l2", "default")
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    got_statistics = statistics.code_statistics(x, got[1], 5)
+    for a, b in zip(got_statistics, statistics.code_statistics(x.contiguous(), got[1], 5), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "code_dtype"), DTYPES)
+def test_vector_quantize_agrees_with_the_specification(
+    dtype: torch.dtype, code_dtype: torch.dtype, masked: bool, path: str
+) -> None:
+    x, codebook = data(2, 75, 6, 5, dtype, code_dtype)
+    codebook = codebook.to(dtype).to(code_dtype)  # the interpreter truncates to bf16 where a GPU rounds
+    x[0, 3, 0], x[1, 74], codebook[1, 2, 4] = torch.nan, torch.inf, torch.nan
+    mask = torch.arange(150).reshape(2, 75) % 4 != 1 if masked else None
+    got = quantize.vector_quantize(x, codebook, mask, "l2", "default")
+    assert_quantized_like(got, reference_quantize.vector_quantize(x, codebook, mask, "l2", "default"))
+
+
+def test_vector_quantize_of_a_far_row_and_offset_codes(path: str) -> None:
+    x, codebook = torch.randn(1, 50, 4) + 100, torch.randn(1, 3, 4) + 100
+    x[0, 7] = 1e9
+    got = quantize.vector_quantize(x, codebook, None, "l2", "default")
+    assert_quantized_like(got, reference_quantize.vector_quantize(x, codebook, None, "l2", "default"))
+
+
+def test_exact_and_dot_quantize(path: str) -> None:
+    x, codebook = data(1, 20, 4, 3, torch.float32, torch.float32)
+    for metric, precision in (("l2", "exact"), ("dot", "default")):
+        got = quantize.vector_quantize(x, codebook, None, metric, precision)
+        assert_quantized_like(got, reference_quantize.vector_quantize(x, codebook, None, metric, precision))
+
+
+@pytest.mark.parametrize("gradient", ["none", "contiguous", "expanded", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_backward(dtype: torch.dtype, gradient: str) -> None:
+    x, codebook = data(2, 41, 5, 6, dtype, dtype)
+    x[1, 4, 2] = torch.nan
+    outputs = reference_quantize.vector_quantize(x, codebook, None, "l2", "default")
+    grad = {
+        "none": None,
+        "contiguous": torch.randn(2, 41, 6).to(dtype),
+        "expanded": torch.ones((), dtype=dtype).expand(2, 41, 6),
+        "transposed": torch.randn(6, 41, 2).to(dtype).permute(2, 1, 0),
+    }[gradient]
+    loss_grads = torch.tensor([3.0, 0.5], dtype=outputs[2].dtype), torch.ones((), dtype=outputs[2].dtype).expand(2)
+    arguments = (x, outputs[0], outputs[1], outputs[6], outputs[7], grad, *loss_grads)
+    got = quantize.vector_quantize_backward(*arguments)
+    want = reference_quantize.vector_quantize_backward(*arguments)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_code_statistics(dtype: torch.dtype, path: str) -> None:
+    x, _ = data(2, 90, 7, 5, dtype, dtype)
+    x[0, 11, 4] = torch.inf
+    indices = (torch.arange(180).reshape(2, 90) * 7) % 10 - 2  # −2 … 7: some outside [0, 7)
+    counts, sums = statistics.code_statistics(x, indices, 7)
+    want_counts, want_sums = reference_statistics.code_statistics(x, indices, 7)
+    assert torch.equal(counts, want_counts)
+    torch.testing.assert_close(sums, want_sums)
+
+
+def test_a_collapsed_codebook_and_one_entry_past_fp32_do_not_spill_over(path: str) -> None:
+    x = torch.ones(1, 130, 2)
+    x[0, 5] = 3.39e38
+    x[0, 6] = 3.39e38
+    indices = torch.ones(1, 130, dtype=torch.int64)
+    indices[0, 5:7] = 3
+    counts, sums = statistics.code_statistics(x, indices, 5)
+    assert counts.tolist() == [[0, 128, 0, 2, 0]]
+    assert sums[0, :, 0].tolist() == [0.0, 128.0, 0.0, torch.inf, 0.0]
+
+
+def test_two_runs_agree_to_the_last_bit(path: str) -> None:
+    x, codebook = data(1, 150, 9, 6, torch.float32, torch.float32)
+    first, second = (quantize.vector_quantize(x, codebook, None, "l2", "default") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_public_functions_reach_the_kernels() -> None:
+    x, codebook = torch.randn(30, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    out = lk.vector_quantize(x, codebook, backend="triton")
+    (out.quantized.sum() + out.commitment_loss + out.codebook_loss).backward()
+    got = x.grad, codebook.grad
+    x.grad = codebook.grad = None
+    want = lk.vector_quantize(x, codebook, backend="reference")
+    (want.quantized.sum() + want.commitment_loss + want.codebook_loss).backward()
+    assert torch.equal(out.indices, want.indices)
+    torch.testing.assert_close(got, (x.grad, codebook.grad))
+    assert torch.equal(lk.nearest_code(x, codebook, metric="cosine", backend="triton"),
+                       lk.nearest_code(x, codebook, metric="cosine", backend="reference"))  # fmt: skip
