@@ -205,23 +205,25 @@ def _fastest(variants: Sequence[Any], inputs: Inputs, call: Callable[[Any], obje
     return min(variants, key=seconds)
 
 
-def _ema_step(
-    x: Tensor, codebook: Tensor, code_sums: Tensor, cluster_size: Tensor, nearest: Nearest
-) -> tuple[Tensor, ...]:
-    """The EMA bottleneck in plain torch: (quantized, indices, loss) and the new buffers.
-
-    It returns them instead of writing in place, because a compiled backward gathers its codes again, from what the
-    codebook holds by then.
-    """
+def _ste_forward(x: Tensor, codebook: Tensor, nearest: Nearest) -> tuple[Tensor, ...]:
+    """(quantized, indices, loss, counts, sums) of the EMA bottleneck in plain torch."""
     with torch.no_grad():
         quantized, indices, _, counts, sums = _torch_forward(x, codebook, nearest)
-        cluster_size = cluster_size.lerp(counts.to(cluster_size.dtype), 1 - DECAY)
-        code_sums = code_sums.lerp(sums, 1 - DECAY)
-        total = cluster_size.sum()
-        smoothed = (cluster_size + EPS) * total / (total + cluster_size.shape[0] * EPS)
-        codebook = code_sums / smoothed[:, None]
-    loss = functional.mse_loss(x, quantized)
-    return x + (quantized - x).detach(), indices, loss, codebook, code_sums, cluster_size
+    return x + (quantized - x).detach(), indices, functional.mse_loss(x, quantized), counts, sums
+
+
+def _ema_update(counts: Tensor, sums: Tensor, code_sums: Tensor, cluster_size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The new codebook, code_sums and cluster_size.
+
+    Two decisions are for the compiler's sake (torch 2.13, CPU). In place, the compiled backward would gather its codes
+    from the updated codebook; and in one graph with the forward, the update read the sums before all threads had
+    added to them. The check before timing caught both.
+    """
+    cluster_size = cluster_size.lerp(counts.to(cluster_size.dtype), 1 - DECAY)
+    code_sums = code_sums.lerp(sums, 1 - DECAY)
+    total = cluster_size.sum()
+    smoothed = (cluster_size + EPS) * total / (total + cluster_size.shape[0] * EPS)
+    return code_sums / smoothed[:, None], code_sums, cluster_size
 
 
 def _torch_forward(x: Tensor, codebook: Tensor, nearest: Nearest) -> tuple[Tensor, ...]:
@@ -235,7 +237,7 @@ def _torch_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tenso
     counts = torch.zeros(num_codes, dtype=torch.int64, device=x.device)
     counts.scatter_add_(0, indices, torch.ones_like(indices))
     sums = torch.zeros(num_codes, x.shape[1], device=x.device)
-    return counts, sums.index_add_(0, indices, x.float())
+    return counts, sums.index_add(0, indices, x.float())
 
 
 def _one_hot_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -266,11 +268,13 @@ def _torch(*, compiled: bool) -> dict[str, Prepare]:
         return run
 
     def train_step(_: Workload, inputs: Inputs) -> Run:
-        step, nearest = maybe_compile(_ema_step), nearest_inside(inputs)
+        forward, update = maybe_compile(_ste_forward), maybe_compile(_ema_update)
+        nearest = nearest_inside(inputs)
         buffers = [inputs.codebook, inputs.codebook, inputs.codebook.new_ones(inputs.codebook.shape[0])]
 
         def module(x: Tensor) -> tuple[Tensor, ...]:
-            quantized, indices, loss, *buffers[:] = step(x, *buffers, nearest)
+            quantized, indices, loss, counts, sums = forward(x, buffers[0], nearest)
+            buffers[:] = update(counts, sums, *buffers[1:])
             return quantized, indices, loss
 
         return _step(module, inputs, lambda: buffers[0])

@@ -96,15 +96,18 @@ class Session:
 def _sample_cpu(
     run: Run, buffers: int, seconds: float, synchronize: Callable[[], object] = lambda: None
 ) -> list[float]:
-    """Wall times in ms. Warms up for a tenth of the time, unless one call takes longer than all of it."""
+    """Wall times in ms, after a warm-up of at least two calls (a compiler may compile again on the second) and a tenth
+    of the time. Where one call takes longer than all of it, one is timed.
+    """
     clock = time.perf_counter
     samples: list[float] = []
-    begin, warm = clock(), 0
-    while not warm or clock() - begin < seconds / 10:
+    begin, warm, took = clock(), 0, 0.0
+    while warm < 2 or clock() - begin < seconds / 10:
+        start = clock()
         run(warm % buffers)
-        warm += 1
-    synchronize()
-    if clock() - begin > seconds:
+        synchronize()
+        warm, took = warm + 1, clock() - start
+    if took > seconds:
         seconds = 0.0
     begin = clock()
     while not samples or (clock() - begin < seconds and len(samples) < MAX_SAMPLES):

@@ -1,0 +1,220 @@
+"""The runner and the reports: every outcome of a provider is a row, and files have fixed columns."""
+
+import csv
+import json
+
+import pytest
+from lamkernels.bench import cli, report, runner
+from lamkernels.bench.providers import PROVIDERS
+from lamkernels.bench.report import Row
+from lamkernels.bench.workloads import Workload
+
+LOOKUP = Workload("custom", "nearest_code", 64, 4, 3)
+SETTINGS = runner.Settings(rounds=2, seconds=0.02, timeout=120)
+
+
+class Answers:
+    """Stands in for the processes: what each provider answers to each request."""
+
+    def __init__(self, **answers):
+        self.answers, self.asked = answers, []
+
+    def __call__(self, provider, settings):
+        test = self
+
+        class Process:
+            process = object()
+
+            def ask(self, do, **request):
+                test.asked.append((do, provider))
+                answer = test.answers[provider][do] if do != "drop" else {}
+                return dict(answer)
+
+            def close(self):
+                test.asked.append(("close", provider))
+
+        return Process()
+
+
+RIGHT = {
+    "error": "",
+    "mismatch_rate": 0.0,
+    "max_regret": 0.0,
+    "contract": True,
+    "checked_rows": 64,
+    "bandwidth": 1e9,
+    "flops": 1e9,
+}
+
+
+@pytest.fixture
+def everything_present(monkeypatch):
+    monkeypatch.setattr(type(PROVIDERS["numba"]), "absent", lambda self, device: "")
+
+
+def run_with(monkeypatch, **answers):
+    fake = Answers(**answers)
+    monkeypatch.setattr(runner, "ProviderProcess", fake)
+    monkeypatch.setattr(runner, "PAUSE", 0)
+    (rows,) = runner.run([LOOKUP], list(answers), SETTINGS)
+    return {row.provider: row for row in rows}, fake.asked
+
+
+def test_times_are_medians_over_rounds_and_a_loss_is_marked(monkeypatch, everything_present):
+    rows, asked = run_with(
+        monkeypatch,
+        numba={"prepare": RIGHT, "time": {"samples": [4.0, 2.0, 3.0]}},
+        eager={"prepare": RIGHT, "time": {"samples": [1.0, 1.0, 7.0]}},
+        reference={"prepare": RIGHT, "time": {"samples": [0.5]}},
+    )
+    assert rows["numba"].time_ms == 3.0 and rows["eager"].time_ms == 1.0 and rows["numba"].calls == 6
+    assert rows["numba"].speedup == pytest.approx(1 / 3) and rows["numba"].note == "loss"
+    assert rows["reference"].note == "" and rows["eager"].note == ""  # the reference is no peer, and enters no race
+    assert rows["eager"].gflops == pytest.approx(LOOKUP.flops / 1e-3 / 1e9)
+    assert rows["eager"].roofline == pytest.approx(max(LOOKUP.bytes, LOOKUP.flops) / 1e9 / 1e-3)
+    turns = [name for do, name in asked if do == "time"]
+    assert turns == ["numba", "eager", "reference", "eager", "reference", "numba"]
+
+
+def test_a_wrong_result_and_a_failure_are_rows_without_times(monkeypatch, everything_present):
+    wrong = {**RIGHT, "error": "wrong codes", "mismatch_rate": 0.5}
+    rows, asked = run_with(
+        monkeypatch,
+        numba={"prepare": wrong},
+        faiss={"prepare": {"error": "ModuleNotFoundError: no such kernel"}},
+        eager={"prepare": RIGHT, "time": {"error": "its process was killed by signal 9"}},
+    )
+    assert (rows["numba"].status, rows["numba"].mismatch_rate) == ("wrong", 0.5)
+    assert (rows["faiss"].status, rows["faiss"].note) == ("error", "ModuleNotFoundError: no such kernel")
+    assert rows["eager"].status == "error" and "signal 9" in rows["eager"].note
+    assert all(row.time_ms is None for row in rows.values())
+    assert asked.count(("time", "eager")) == 1  # the second round leaves it out
+
+
+def test_an_absent_provider_is_a_row_and_starts_no_process(monkeypatch):
+    monkeypatch.setattr(type(PROVIDERS["faiss"]), "absent", lambda self, device: "faiss is not installed")
+    rows, asked = run_with(monkeypatch, faiss={})
+    assert (rows["faiss"].status, rows["faiss"].note) == ("absent", "faiss is not installed")
+    assert asked == []
+
+
+def test_providers_say_why_they_are_absent(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert PROVIDERS["faiss"].absent("cpu") == "faiss is not installed; pip install faiss-cpu"
+    monkeypatch.undo()
+    assert "cpu only" in PROVIDERS["faiss"].absent("cuda") or "not installed" in PROVIDERS["faiss"].absent("cuda")
+    assert "CPU tensors only" in PROVIDERS["numba"].absent("cuda")
+
+
+def test_what_does_not_fit_is_skipped(monkeypatch, everything_present):
+    monkeypatch.setattr(runner, "_free_memory", lambda device: 1000)
+    rows, _ = run_with(monkeypatch, cdist={})
+    assert rows["cdist"].status == "skipped" and "free" in rows["cdist"].note
+
+
+def test_a_type_that_a_provider_does_not_take_is_absent(everything_present):
+    half = Workload("custom", "nearest_code", 64, 4, 3, "bfloat16")
+    ((row,),) = runner.run([half], ["faiss"], SETTINGS)
+    assert (row.status, row.note) == ("absent", "takes float32 only")
+
+
+def test_a_real_process_answers_fails_and_comes_back():
+    process = runner.ProviderProcess("reference", SETTINGS)
+    try:
+        unknown = process.ask("no_such_request")
+        assert unknown["error"].startswith("AttributeError")
+        process.process.kill()
+        process.process.wait()
+        assert "killed by signal 9" in process.ask("drop")["error"]
+        assert process.ask("drop") == {}
+    finally:
+        process.close()
+
+
+def test_command_line_measures_and_writes(tmp_path, capsys):
+    argv = ["--shape", "64,4,3", "--op", "nearest_code", "--providers", "reference", "--rounds", "2"]
+    argv += ["--seconds", "0.02", "--device", "cpu", "--threads", "1"]
+    files = ["--json", str(tmp_path / "a" / "b.json"), "--csv", str(tmp_path / "b.csv")]
+    assert cli.main(argv + files) == 0
+    shown = capsys.readouterr().out
+    assert "nearest_code  N=64  K=4  D=3  float32" in shown and "reference" in shown
+    written = json.loads((tmp_path / "a" / "b.json").read_text())
+    assert written["context"]["versions"]["torch"] and written["context"]["command"].startswith("lamkernels bench")
+    (row,) = written["rows"]
+    assert row["status"] == "ok" and row["time_ms"] > 0 and row["mismatch_rate"] == 0 and row["checked_rows"] == 64
+    (line,) = csv.DictReader((tmp_path / "b.csv").read_text().splitlines())
+    assert float(line["time_ms"]) == pytest.approx(row["time_ms"], rel=1e-4)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_csv_columns_are_fixed(tmp_path):
+    row = Row("lam", "nearest_code", 1, 2, 3, "float32", "cpu", 2, "numba", "ours", status="absent", note="a, b")
+    about = report.context("cpu", ["--quick"])
+    report.write_csv(tmp_path / "rows.csv", [row], about)
+    header, line = csv.reader((tmp_path / "rows.csv").read_text().splitlines())
+    assert " ".join(header) == (
+        "suite op N K D dtype device threads provider kind version status note time_ms best_round_ms p10_ms p90_ms "
+        "wall_ms graph_ms calls speedup gflops gbytes_s roofline bound bandwidth_gbs peak_gflops "
+        "checked_rows mismatch_rate max_regret contract peak_extra_mb output_mb score_matrix_mb "
+        "hardware lamkernels torch commit date command"
+    )
+    cells = dict(zip(header, line, strict=True))
+    assert cells["note"] == "a, b" and cells["time_ms"] == "" and cells["command"] == "lamkernels bench --quick"
+
+
+def test_table_shows_losses_and_absences():
+    fields = ("lam", "nearest_code", 1, 2, 3, "float32", "cpu", 2)
+    timed = {"status": "ok", "p10_ms": 1.0, "p90_ms": 2.0, "roofline": 0.5, "mismatch_rate": 0.0, "max_regret": 0.0}
+    rows = [
+        Row(*fields, "numba", "ours", time_ms=2.0, **timed),
+        Row(*fields, "eager", "peer", time_ms=1.0, **timed),
+        Row(*fields, "faiss", "peer", status="absent", note="not installed"),
+    ]
+    text = report.table(report.rank(rows))
+    assert "0.50× LOSS" in text and "absent: not installed" in text
+    assert "0 of 1" in report.summary(rows) and "loss  nearest_code" in report.summary(rows)
+
+
+def test_plot_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    fields = ("lam", "nearest_code", 1, 2, 3, "float32", "cpu", 2)
+    rows = [Row(*fields, "eager", "peer", status="ok", time_ms=1.0), Row(*fields, "numba", "ours", status="absent")]
+    report.write_plot(tmp_path / "rows.svg", rows, report.context("cpu", []))
+    drawn = (tmp_path / "rows.svg").read_text()
+    assert "<svg" in drawn
+
+
+def test_plot_needs_matplotlib(monkeypatch, capsys):
+    find = cli.importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name))
+    with pytest.raises(SystemExit):
+        cli.main(["--device", "cpu", "--plot", "x.png"])
+    assert "pip install 'lamkernels[bench]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--suite", "lamm"], "--suite is 'lamm'; allowed are lam, tokenizer, memory"),
+        (["--op", "x,nearest_code"], "--op is 'x'; allowed are nearest_code, vector_quantize"),
+        (["--providers", "nope"], "--providers is 'nope'; allowed are numba, triton, reference"),
+        (["--providers", ","], "--providers is empty; allowed are numba"),
+        (["--device", "tpu"], "--device is 'tpu'; allowed are cpu, cuda"),
+        (["--dtype", "int8"], "--dtype is 'int8'; allowed are float32"),
+        (["--threads", "0"], "--threads is '0'; it must be a positive number"),
+        (["--shape", "1,2"], "--shape is '1,2'; it must be three positive integers N,K,D"),
+        (["--suite", "memory", "--op", "train_step"], "no workload of suite memory has op train_step"),
+        (["--plot", "x.exe"], "--plot is 'x.exe'; allowed are names in .png, .svg or .pdf"),
+    ],
+)
+def test_a_bad_argument_gets_one_line(argv, expected, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--device", "cpu", *argv])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and expected in error and error.count("\n") == 1
+
+
+def test_list_runs_nothing(capsys):
+    assert cli.main(["--list", "--suite", "memory", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "nearest_code N=262144 K=8192 D=32" in shown and "faiss" in shown
