@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,35 +20,26 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
-@functools.cache
 def available_backends() -> dict[str, BackendStatus]:
-    """What can run on this machine, by backend name, looked up once per process.
+    """What can run on this machine, by backend name. Looks once per process; imports Numba, and Triton for a GPU."""
+    return {name: _status(name) for name in BACKENDS if name != "auto"}
 
-    Imports neither Numba nor Triton: it only asks whether they are installed.
-    """
-    gpu = torch.cuda.is_available()
+
+@functools.cache
+def _status(backend: str) -> BackendStatus:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not _installed("numba"):
-        numba = BackendStatus(False, "Numba is not installed; pip install numba")
-    else:
-        numba = BackendStatus(True, "CPU tensors")
-    if not _installed("triton"):
-        triton = BackendStatus(False, "Triton is not installed; pip install triton (Linux)")
-    elif not (gpu or interpreted):
-        triton = BackendStatus(False, "no CUDA or ROCm device; TRITON_INTERPRET=1 runs the kernels on CPU tensors")
-    else:
-        triton = BackendStatus(True, "CPU tensors, in Triton's interpreter" if interpreted else "CUDA and ROCm tensors")
-    cuda = BackendStatus(False, "this version has no CUDA C++ kernel; Triton serves GPUs")
-    return {
-        "reference": BackendStatus(True, "CPU, CUDA and ROCm tensors"),
-        "numba": numba,
-        "triton": triton,
-        "cuda": cuda,
-    }
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    if backend == "cuda":
+        return BackendStatus(False, "this version has no CUDA C++ kernel; Triton serves GPUs")
+    if backend == "triton" and not (torch.cuda.is_available() or interpreted):
+        return BackendStatus(False, "no CUDA or ROCm device; TRITON_INTERPRET=1 runs the kernels on CPU tensors")
+    if backend in ("numba", "triton"):
+        try:
+            importlib.import_module(backend)
+        except Exception as error:  # an installation can be broken in any way; the reason is what the user needs
+            return BackendStatus(False, f"import {backend} fails ({error}); pip install {backend}")
+    if backend == "triton":
+        return BackendStatus(True, "CPU tensors, in Triton's interpreter" if interpreted else "CUDA and ROCm tensors")
+    return BackendStatus(True, "CPU tensors" if backend == "numba" else "CPU, CUDA and ROCm tensors")
 
 
 def resolve(backend: str, device_type: str) -> str:
@@ -59,17 +49,16 @@ def resolve(backend: str, device_type: str) -> str:
     """
     if backend == "auto":
         backend = os.environ.get("LAMKERNELS_BACKEND", "auto")
-    status = available_backends()
     if backend == "auto":
         fast = "numba" if device_type == "cpu" else "triton"
-        return fast if status[fast].available else "reference"
+        return fast if _status(fast).available else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r} (LAMKERNELS_BACKEND); it must be one of {', '.join(BACKENDS)}")
-    if not status[backend].available:
-        raise RuntimeError(f"backend {backend!r} cannot run here: {status[backend].reason}")
-    on_cpu = backend == "numba" or (backend == "triton" and "interpreter" in status[backend].reason)
-    if backend != "reference" and on_cpu != (device_type == "cpu"):
-        raise ValueError(f"backend {backend!r} runs on {status[backend].reason}, but x is on {device_type!r}")
+    available, reason = _status(backend)
+    if not available:
+        raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
+    if backend != "reference" and reason.startswith("CPU") != (device_type == "cpu"):
+        raise ValueError(f"backend {backend!r} runs on {reason}, but x is on {device_type!r}")
     return backend
 
 
