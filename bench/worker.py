@@ -96,18 +96,20 @@ class Session:
 def _sample_cpu(
     run: Run, buffers: int, seconds: float, synchronize: Callable[[], object] = lambda: None
 ) -> list[float]:
-    """Wall times in ms, after a warm-up of at least two calls (a compiler may compile again on the second) and a tenth
-    of the time. Where one call takes longer than all of it, one is timed.
+    """Wall times in ms, after a warm-up of a tenth of the time. Where a call takes longer than all of it, one is timed.
+
+    A call counts as that long once three in a row were: a compiler may still compile in the first ones.
     """
     clock = time.perf_counter
     samples: list[float] = []
-    begin, warm, took = clock(), 0, 0.0
-    while warm < 2 or clock() - begin < seconds / 10:
+    begin, calls, long = clock(), 0, 0
+    while long < 3 and (long or calls < 2 or clock() - begin < seconds / 10):
         start = clock()
-        run(warm % buffers)
+        run(calls % buffers)
         synchronize()
-        warm, took = warm + 1, clock() - start
-    if took > seconds:
+        calls += 1
+        long = long + 1 if clock() - start > seconds else 0
+    if long:
         seconds = 0.0
     begin = clock()
     while not samples or (clock() - begin < seconds and len(samples) < MAX_SAMPLES):
