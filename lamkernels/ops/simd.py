@@ -25,11 +25,10 @@ def _vector_bits() -> int:
 
 
 BITS = _vector_bits()
-REGISTERS = 32 if BITS == 512 else 16
 
-# (vectors of rows, codes) per register tile. The wide one has the better ratio of products to loads, the other one
-# wastes less where its number of codes divides K. AVX2: 2·6 or 3·4 accumulators of 16 registers; AVX-512: 2·13 or 3·8.
-WIDE, NARROW = ((2, 13), (3, 8)) if REGISTERS == 32 else ((2, 6), (3, 4))
+# The register tile: vectors of rows times codes. 3·4 accumulators of AVX2's 16 registers leave room for three vectors
+# of rows and a broadcast; AVX-512 has 32. Few codes to a tile, so that a small codebook is padded little.
+VECTORS, TILE = (3, 8) if BITS == 512 else (3, 4)
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
 # Storage types by the scalar that stands for them: bf16 and fp16 travel as bit patterns.
@@ -249,72 +248,66 @@ def pack(
     return signature, codegen
 
 
-def _make_micro(vectors: int, codes: int) -> Any:
-    @intrinsic
-    def micro(typingctx: Any, t: Any, c: Any, half_norm: Any, dim: Any, code: Any, best: Any, index: Any) -> Any:
-        """Scores of a tile of rows against a tile of codes, and the running minimum.
+@intrinsic
+def micro(typingctx: Any, t: Any, c: Any, half_norm: Any, dim: Any, code: Any, best: Any, index: Any) -> Any:
+    """Scores of a tile of rows against a tile of codes, and the running minimum.
 
-        t: [D, rows] packed rows; c: [D, codes] packed *negated* codes; half_norm: [codes], added after the products.
-        best[row], index[row]: the least score so far and its code; a tie keeps the earlier one. ``code`` is the index
-        of the first code of the tile.
-        """
-        computed = t.dtype
-        kind, width, itemsize = _real(computed), lanes(computed.name), computed.bitwidth // 8
-        vector = ir.VectorType(kind, width)
-        integer = ir.VectorType(I32, width)
+    t: [D, rows] packed rows; c: [D, TILE] packed *negated* codes; half_norm: [TILE], added after the products.
+    best[row], index[row]: the least score so far and its code; a tie keeps the earlier one. ``code`` is the index
+    of the first code of the tile.
+    """
+    computed = t.dtype
+    kind, width, itemsize = _real(computed), lanes(computed.name), computed.bitwidth // 8
+    vector = ir.VectorType(kind, width)
+    integer = ir.VectorType(I32, width)
 
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            t, c, half_norm, dim, code, best, index = args
-            before = builder.block
-            loop, done = builder.append_basic_block("products"), builder.append_basic_block("minimum")
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            d = builder.phi(I64)
-            d.add_incoming(ir.Constant(I64, 0), before)
-            accumulators = [builder.phi(vector) for _ in range(vectors * codes)]
-            row = builder.mul(d, ir.Constant(I64, vectors * width))
-            rows = [
-                _load(builder, builder.gep(t, [builder.add(row, ir.Constant(I64, r * width))]), vector, itemsize)
-                for r in range(vectors)
-            ]
-            first = builder.mul(d, ir.Constant(I64, codes))
-            sums = []
-            for j in range(codes):
-                entry = builder.load(builder.gep(c, [builder.add(first, ir.Constant(I64, j))]))
-                entry = _splat(builder, entry, width)
-                for r in range(vectors):
-                    # "contract" alone: a fused multiply-add, without the licence to assume that there is no NaN
-                    product = builder.fmul(entry, rows[r], flags=("contract",))
-                    sums.append(builder.fadd(product, accumulators[j * vectors + r], flags=("contract",)))
-            following = builder.add(d, ir.Constant(I64, 1))
-            d.add_incoming(following, loop)
-            for accumulator, total in zip(accumulators, sums, strict=True):
-                accumulator.add_incoming(ir.Constant(vector, None), before)
-                accumulator.add_incoming(total, loop)
-            builder.cbranch(builder.icmp_signed("<", following, dim), loop, done)
-            builder.position_at_end(done)
-            code = builder.trunc(code, I32)
-            norms = [
-                _splat(builder, builder.load(builder.gep(half_norm, [ir.Constant(I64, j)])), width)
-                for j in range(codes)
-            ]
-            for r in range(vectors):
-                best_at, index_at = (builder.gep(p, [ir.Constant(I64, r * width)]) for p in (best, index))
-                least, chosen = _load(builder, best_at, vector, itemsize), _load(builder, index_at, integer, 4)
-                for j in range(codes):
-                    score = builder.fadd(sums[j * vectors + r], norms[j])
-                    less = builder.fcmp_ordered("<", score, least)
-                    least = builder.select(less, score, least)
-                    number = builder.add(code, ir.Constant(integer.element, j))
-                    chosen = builder.select(less, _splat(builder, number, width), chosen)
-                _store(builder, least, best_at, itemsize)
-                _store(builder, chosen, index_at, 4)
-            return context.get_dummy_value()
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        t, c, half_norm, dim, code, best, index = args
+        before = builder.block
+        loop, done = builder.append_basic_block("products"), builder.append_basic_block("minimum")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        left, t_at, c_at = builder.phi(I64), builder.phi(t.type), builder.phi(c.type)
+        accumulators = [builder.phi(vector) for _ in range(VECTORS * TILE)]
+        rows = [
+            _load(builder, builder.gep(t_at, [ir.Constant(I64, r * width)]), vector, itemsize) for r in range(VECTORS)
+        ]
+        sums = []
+        for j in range(TILE):
+            entry = _splat(builder, builder.load(builder.gep(c_at, [ir.Constant(I64, j)])), width)
+            for r in range(VECTORS):
+                # "contract" alone: a fused multiply-add, without the licence to assume that there is no NaN
+                product = builder.fmul(entry, rows[r], flags=("contract",))
+                sums.append(builder.fadd(product, accumulators[j * VECTORS + r], flags=("contract",)))
+        # pointers that advance, not products of an index, which would be formed again on every turn
+        for phi, start, following in (
+            (left, dim, builder.sub(left, ir.Constant(I64, 1))),
+            (t_at, t, builder.gep(t_at, [ir.Constant(I64, VECTORS * width)])),
+            (c_at, c, builder.gep(c_at, [ir.Constant(I64, TILE)])),
+            *(
+                (sum_before, ir.Constant(vector, None), total)
+                for sum_before, total in zip(accumulators, sums, strict=True)
+            ),
+        ):
+            phi.add_incoming(start, before)
+            phi.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_signed(">", left, ir.Constant(I64, 1)), loop, done)
+        builder.position_at_end(done)
+        code = builder.trunc(code, I32)
+        norms = [
+            _splat(builder, builder.load(builder.gep(half_norm, [ir.Constant(I64, j)])), width) for j in range(TILE)
+        ]
+        for r in range(VECTORS):
+            best_at, index_at = (builder.gep(p, [ir.Constant(I64, r * width)]) for p in (best, index))
+            least, chosen = _load(builder, best_at, vector, itemsize), _load(builder, index_at, integer, 4)
+            for j in range(TILE):
+                score = builder.fadd(sums[j * VECTORS + r], norms[j])
+                less = builder.fcmp_ordered("<", score, least)
+                least = builder.select(less, score, least)
+                number = builder.add(code, ir.Constant(integer.element, j))
+                chosen = builder.select(less, _splat(builder, number, width), chosen)
+            _store(builder, least, best_at, itemsize)
+            _store(builder, chosen, index_at, 4)
+        return context.get_dummy_value()
 
-        return types.void(t, c, half_norm, types.int64, types.int64, best, index), codegen
-
-    return micro
-
-
-micro_wide = _make_micro(*WIDE)
-micro_narrow = _make_micro(*NARROW)
+    return types.void(t, c, half_norm, types.int64, types.int64, best, index), codegen

@@ -17,12 +17,11 @@ from torch import Tensor
 from lamkernels.ops.parallel import launch
 from lamkernels.ops.simd import (
     BITS,
-    NARROW,
-    WIDE,
+    TILE,
+    VECTORS,
     at,
     fetch_add,
-    micro_narrow,
-    micro_wide,
+    micro,
     pack,
     view,
     widen,
@@ -52,12 +51,12 @@ class Codes(NamedTuple):
     limit: Any  # [1]
     half_norm: Any  # [K padded]
     finite: Any  # [K padded], 1 or 0
-    packed: Any  # [K padded / tile, D, tile]
+    packed: Any  # [K padded / TILE, D, TILE]
 
 
 @njit(**FLAGS)
-def prepare(codebook, euclidean, tile, codes):
-    """Centres, negates and packs one codebook (K, D) into tiles [D, tile].
+def prepare(codebook, euclidean, codes):
+    """Centres, negates and packs one codebook (K, D) into tiles [D, TILE].
 
     μ is the mean of the finite codes, each entry rounded to a multiple of 2^⌈log2 rms⌉ of its column: 0 for ordinary
     codebooks, dyadic for data with an offset, so that exact ties of integer data stay exact. Without ``euclidean``,
@@ -78,11 +77,11 @@ def prepare(codebook, euclidean, tile, codes):
         _rounded_mean(codebook, codes.finite, count, codes.mean)
     largest, largest_norm = 0.0, 0.0
     for k in range(codes.finite.shape[0]):
-        first = (k // tile) * tile * dim + k % tile
+        first = (k // TILE) * TILE * dim + k % TILE
         norm = 0.0
         for d in range(dim):
             entry = codebook[k, d] - codes.mean[d] if codes.finite[k] else codes.mean[d] * 0
-            codes.packed[first + d * tile] = -entry
+            codes.packed[first + d * TILE] = -entry
             norm += np.float64(entry) * np.float64(entry)
             largest = max(largest, abs(np.float64(entry)))
         largest_norm = max(largest_norm, norm)
@@ -154,19 +153,18 @@ def scan(x, stride, first, stop, last, codebook, codes, options, scratch, out):
     """Writes the nearest codes of the rows [first, stop), at most a block of them, to out[first:stop].
 
     x: the elements of one head; row n starts at n · stride, and none past ``last`` is read. options: (euclidean,
-    exact, narrow, panel). scratch: (packed rows, best, index, bad) of :func:`make_scratch`.
+    exact, panel). scratch: (packed rows, best, index, bad) of :func:`make_scratch`.
     """
-    euclidean, exact, narrow, panel = options
+    euclidean, exact, panel = options
     packed, best, index, bad = scratch
     dim, width = codebook.shape[1], BITS // (8 * best.itemsize)
-    vectors, tile = NARROW if narrow else WIDE
-    rows = vectors * width
+    rows = VECTORS * width
     tiles = 0 if exact else (stop - first + rows - 1) // rows
     bad[: stop - first] = exact
     best[: tiles * rows] = np.inf
     index[: tiles * rows] = 0
     for i in range(tiles):
-        for r in range(vectors):
+        for r in range(VECTORS):
             lane = i * rows + r * width
             to = at(packed, i * rows * dim + r * width)
             pack(at(x, 0), stride, first + lane, last, dim, at(codes.mean, 0), codes.limit[0], to, rows, at(bad, lane))
@@ -174,11 +172,8 @@ def scan(x, stride, first, stop, last, codebook, codes, options, scratch, out):
         end = min(start + panel, codes.finite.shape[0])
         for i in range(tiles):
             t, b, j = at(packed, i * rows * dim), at(best, i * rows), at(index, i * rows)
-            for k in range(start, end, tile):
-                if narrow:
-                    micro_narrow(t, at(codes.packed, k * dim), at(codes.half_norm, k), dim, k, b, j)
-                else:
-                    micro_wide(t, at(codes.packed, k * dim), at(codes.half_norm, k), dim, k, b, j)
+            for k in range(start, end, TILE):
+                micro(t, at(codes.packed, k * dim), at(codes.half_norm, k), dim, k, b, j)
     for n in range(stop - first):
         if bad[n]:
             at_row = (first + n) * stride
@@ -196,7 +191,7 @@ def make_scratch(block, dim, codes):
 
 # Every kernel gets one array of int64. It begins with what the lookup needs, in the order of `lookup_parameters`;
 # what an operator adds comes behind, from element LOOKUP on.
-LOOKUP = 20
+LOOKUP = 19
 
 
 @njit(**FLAGS)
@@ -234,10 +229,10 @@ def _prepare_heads(p, computed):
     a = carray(p, (LOOKUP,))
     while True:
         head = fetch_add(a, 0)
-        if head >= a[19]:
+        if head >= a[18]:
             return
         codebook, codes = codes_of_head(a, head, computed)
-        prepare(codebook, a[12] != 0, (NARROW if a[14] else WIDE)[1], codes)
+        prepare(codebook, a[12] != 0, codes)
 
 
 @njit(**FLAGS)
@@ -249,13 +244,13 @@ def _nearest_chunks(p, stored, computed):
     scratch = make_scratch(block, dim, codes)
     while True:
         task = fetch_add(a, 0)
-        if task >= chunks * a[19]:
+        if task >= chunks * a[18]:
             return
         head, first = task // chunks, task % chunks * chunk
         codebook, codes = codes_of_head(a, head, computed)
         x = rows_of_head(a, head, stored)
-        out = elements(a[18], head * rows, rows, np.int64(0))
-        options = a[12] != 0, a[13] != 0, a[14] != 0, a[17]
+        out = elements(a[17], head * rows, rows, np.int64(0))
+        options = a[12] != 0, a[13] != 0, a[14]
         for start in range(first, min(first + chunk, rows), block):
             stop = min(start + block, first + chunk, rows)
             scan(x, stride, start, stop, rows - 1, codebook, codes, options, scratch, out)
@@ -331,12 +326,9 @@ def prepare_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out
     if codebook.stride()[1:] != (dim, 1):
         codebook = codebook.contiguous()
     itemsize = computed.itemsize
-    # the tile that pads K less; the wide one, which loads less, where they pad alike
-    narrow = -num_codes % NARROW[1] < -num_codes % WIDE[1]
-    vectors, tile = NARROW if narrow else WIDE
-    padded = num_codes + -num_codes % tile
-    tile_rows = vectors * (BITS // (8 * itemsize))
-    panel = max(tile, PANEL_BYTES // (dim * itemsize) // tile * tile)
+    padded = num_codes + -num_codes % TILE
+    tile_rows = VECTORS * (BITS // (8 * itemsize))
+    panel = max(TILE, PANEL_BYTES // (dim * itemsize) // TILE * TILE)
     chunk = min(max(-(-rows // CHUNKS), MIN_CHUNK), MAX_CHUNK)
     chunk += -chunk % tile_rows
     # one tile of rows meets all codes while it is in the first cache; where the codes do not fit in the second, more
@@ -355,10 +347,9 @@ def prepare_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out
         padded,
         metric == "l2",
         precision == "exact",
-        narrow,
+        panel,
         chunk,
         block,
-        panel,
         out.data_ptr(),
         heads,
     ]

@@ -48,12 +48,12 @@ def _quantize_chunks(p, stored, computed):
     scratch = make_scratch(block, dim, codes)
     while True:
         task = fetch_add(a, 0)
-        if task >= chunks * a[19]:
+        if task >= chunks * a[18]:
             return
         head, first = task // chunks, task % chunks * chunk
         codebook, codes = codes_of_head(a, head, computed)
         x = rows_of_head(a, head, stored)
-        out = elements(a[18], head * rows, rows, np.int64(0))
+        out = elements(a[17], head * rows, rows, np.int64(0))
         quantized = elements(a[LOOKUP], head * rows * dim, rows * dim, stored)
         stored_codes = elements(a[LOOKUP + 1], head * a[LOOKUP + 2], num_codes * dim, stored)
         masked, mask = a[LOOKUP + 3] != 0, elements(a[LOOKUP + 3], head * rows, rows, np.uint8(0))
@@ -64,7 +64,7 @@ def _quantize_chunks(p, stored, computed):
             sums[:] = 0.0
             counts[:] = 0
         loss, inside = 0.0, 0
-        options = a[12] != 0, a[13] != 0, a[14] != 0, a[17]
+        options = a[12] != 0, a[13] != 0, a[14]
         for start in range(first, min(first + chunk, rows), block):
             stop = min(start + block, first + chunk, rows)
             scan(x, stride, start, stop, rows - 1, codebook, codes, options, scratch, out)
@@ -86,8 +86,8 @@ def _quantize_chunks(p, stored, computed):
                         loss += _squared_residual(row, codebook[k])
         part = elements(a[LOOKUP + 7], task * 2, 2, np.float64(0))
         part[0], part[1] = loss, inside
-        if fetch_add(a, 1) == chunks * a[19] - 1:
-            for h in range(a[19]):
+        if fetch_add(a, 1) == chunks * a[18] - 1:
+            for h in range(a[18]):
                 _finish(a, h, chunks, computed)
 
 
