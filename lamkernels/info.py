@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes.util
 import importlib.metadata
 import importlib.util
 import json
@@ -18,6 +17,7 @@ import torch
 import lamkernels
 from lamkernels import ops
 from lamkernels.backend import available_backends, resolve
+from lamkernels.ops.parallel import threading
 
 PACKAGES = ("lamkernels", "torch", "triton", "numba", "llvmlite", "numpy", "cupy-cuda12x", "cupy-cuda13x")
 
@@ -88,26 +88,6 @@ def hardware(device: str) -> str:
     return f"{processor['model']}, {processor['cores']} cores, {processor['vector_bits']}-bit vectors"
 
 
-def threading_layer() -> str:
-    """Which of Numba's threading layers is within reach, found without importing Numba."""
-    spec = importlib.util.find_spec("numba")
-    if spec is None or not spec.submodule_search_locations:
-        return "none: Numba is not installed"
-    asked = os.environ.get("NUMBA_THREADING_LAYER")
-    if asked:
-        return f"{asked} (NUMBA_THREADING_LAYER)"
-    pools = Path(spec.submodule_search_locations[0]) / "np" / "ufunc"
-
-    def built(name: str) -> bool:
-        return any(pools.glob(f"{name}.*"))
-
-    if built("omppool") and (ctypes.util.find_library("gomp") or platform.system() != "Linux"):
-        return "omp: an OpenMP runtime is installed"
-    if built("tbbpool") and ctypes.util.find_library("tbb"):
-        return "tbb: no system libgomp"
-    return "workqueue: neither libgomp nor tbb is installed; calls cost more and take turns (apt install libgomp1)"
-
-
 def choices() -> list[dict[str, Any]]:
     """For each operator and kind of device, the backend that "auto" picks now, and why not the others."""
     found = []
@@ -160,7 +140,7 @@ def collect() -> dict[str, Any]:
         "gpus": gpus(),
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
-        "numba_threading_layer": threading_layer(),
+        "numba_threads": threading(),
         "LAMKERNELS_BACKEND": asked,
         "backends": {name: status._asdict() for name, status in available_backends().items()},
         "auto": choices(),
@@ -184,7 +164,7 @@ def render(found: dict[str, Any]) -> str:
         lines.append(
             f"  {'gpu':14}none ({'torch sees no device' if built else 'this torch is built for the CPU only'})"
         )
-    lines.append(f"  {'numba threads':14}{found['numba_threading_layer']}")
+    lines.append(f"  {'numba threads':14}{found['numba_threads']}")
     lines += ["", "backends"]
     for name, status in found["backends"].items():
         lines.append(f"  {name:14}{'available' if status['available'] else 'no':11}{status['reason']}")

@@ -4,8 +4,6 @@ import json
 import subprocess
 import sys
 
-import pytest
-
 import lamkernels
 from lamkernels import info
 from lamkernels.backend import resolve
@@ -55,17 +53,20 @@ def test_a_package_that_is_missing_is_shown_as_such(monkeypatch):
     assert "not installed" in info.render(info.collect())
 
 
-def test_threading_layer_names_the_environment(monkeypatch):
-    pytest.importorskip("numba")
-    monkeypatch.setenv("NUMBA_THREADING_LAYER", "tbb")
-    assert info.threading_layer().startswith("tbb")
+def test_threads_are_those_of_torch():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert info.collect()["numba_threads"].startswith("2 threads of torch's OpenMP runtime")
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_versions_and_devices_import_neither_numba_nor_triton():
     """Only asking whether a backend works imports it: ``available_backends`` does, to say why an import fails."""
     program = (
         "import sys; from lamkernels import info\n"
-        "info.versions(), info.cpu(), info.gpus(), info.threading_layer(), info.operators()\n"
+        "info.versions(), info.cpu(), info.gpus(), info.operators()\n"
         "print([m for m in ('numba', 'llvmlite', 'triton', 'cupy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
