@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import torch
+
 import lamkernels
 from lamkernels import info
 from lamkernels.backend import resolve
