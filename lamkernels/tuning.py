@@ -51,12 +51,18 @@ def power(value: int, low: int = 16) -> int:
 def resident(target: str, num_rows: int, num_codes: int, dim: int) -> Tile | None:
     """The tile of the kernels that keep the whole codebook in one tile; None where it does not fit."""
     codes, entries = power(num_codes), power(dim)
-    if codes * entries > RESIDENT_ENTRIES or entries > 256:
+    if codes * entries > RESIDENT_ENTRIES or entries > 128:
         return None
     if target == "interpreter":
         return Tile(32, codes, entries, 4, 1)
-    rows = 32 if num_rows <= SMALL_BATCH or max(codes, entries) > 128 else 64
-    return Tile(rows, codes, entries, 8, 1)
+    size = codes * entries
+    warps = 4 if size <= 2048 or target.startswith("gfx") else 8  # a wave of gfx has 64 lanes
+    # the sums, the one-hot factor and the rows are held at once: more rows than this spill registers
+    if size > 4096 or max(codes, entries) > 64:
+        return Tile(16, codes, entries, warps, 1)
+    if size > 1024 or num_rows <= SMALL_BATCH:
+        return Tile(32, codes, entries, 2 if size == 256 else warps, 1)
+    return Tile(64, codes, entries, warps, 1)
 
 
 def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype) -> Tile:

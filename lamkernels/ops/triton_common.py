@@ -55,16 +55,15 @@ def product_limit(largest_code: tensor, largest_norm: tensor, dim: tensor) -> te
 
 
 @triton.jit
-def resident_codes(
+def resident_norms(
     codebook: tensor, stride: tensor, num_codes: tensor, dim: tensor,
-    L2: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    L2: tl.constexpr, CENTRE: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> tensor:  # fmt: skip
-    """A codebook that fits one tile: codes ready for the product [BK, BD], centre [BD], half norms [BK], limit ()."""
+    """Of a codebook that fits one tile: its centre [BD], half norms [BK], and product limit ()."""
     k = tl.arange(0, BK)
     d = tl.arange(0, BD)
     inside = (k < num_codes)[:, None] & (d < dim)[None, :]  # [BK, BD]
-    stored = tl.load(codebook + k.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
-    code = stored.to(tl.float32)
+    code = tl.load(codebook + k.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
     finite = (tl.min(is_finite(code).to(tl.int32), axis=1) > 0) & (k < num_codes)  # [BK]
     code = tl.where(finite[:, None], code, 0.0)
     centre = tl.zeros([BD], tl.float32)
@@ -73,38 +72,45 @@ def resident_codes(
         mean = tl.div_rn(tl.sum(code, axis=0), count + tl.zeros([BD], tl.float32))
         deviation = tl.where(finite[:, None], code - mean[None, :], 0.0)
         centre = grid_centre(mean, tl.sum(deviation * deviation, axis=0) / count)
-    centred = tl.where(finite[:, None], code - centre[None, :], 0.0)
+    largest_code = tl.max(tl.max(tl.where(finite[:, None], tl.abs(code - centre[None, :]), 0.0), axis=1), axis=0)
     difference = tl.where(finite[:, None], code.to(tl.float64) - centre.to(tl.float64)[None, :], 0.0)
     half_norm = tl.sum(difference * difference, axis=1) * 0.5  # [BK]
     smallest = tl.min(tl.where(finite, half_norm, float("inf")), axis=0)
     relative = tl.where(finite, half_norm - smallest, 0.0).to(tl.float32)
-    largest_norm = tl.max(tl.where(finite, half_norm, 0.0), axis=0).to(tl.float32)
-    limit = product_limit(tl.max(tl.max(tl.abs(centred), axis=1), axis=0), largest_norm, dim)
+    limit = product_limit(largest_code, tl.max(tl.where(finite, half_norm, 0.0), axis=0).to(tl.float32), dim)
     if not L2:
         relative = tl.zeros([BK], tl.float32)
-    relative = tl.where(finite, relative, float("inf"))
-    if NATIVE:
-        centred = tl.where(finite[:, None], stored, 0.0).to(stored.dtype)
-    return centred, centre, relative, limit
+    return centre, tl.where(finite, relative, float("inf")), limit
 
 
 @triton.jit
 def nearest_resident(
-    x: tensor, codes: tensor, centre: tensor, half_norm: tensor, limit: tensor,
-    CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr, BK: tl.constexpr,
+    x: tensor, codebook: tensor, stride: tensor, num_codes: tensor, dim: tensor, centre: tensor, half_norm: tensor,
+    limit: tensor,
+    CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> tensor:  # fmt: skip
-    """Index [BN] of the nearest code of each row, −1 without a finite code, and whether a row must be scanned again."""
+    """Index [BN] of the nearest code of each row, −1 without a finite code, and whether a row must be scanned again.
+
+    The codes are loaded again for each tile of rows: they come from the cache, and would not fit the registers.
+    """
+    k = tl.arange(0, BK)
+    d = tl.arange(0, BD)
+    inside = (half_norm < float("inf"))[:, None] & (d < dim)[None, :]  # [BK, BD]
+    code = tl.load(codebook + k.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
     wide = x.to(tl.float32)  # [BN, BD]
     if CENTRE:
         wide = wide - centre[None, :]
     again = tl.max(tl.where(tl.abs(wide) <= limit, 0, 1), axis=1) > 0
     if NATIVE:
-        product = tl.dot(x, tl.trans(codes), input_precision="ieee", out_dtype=tl.float32)
+        product = tl.dot(x, tl.trans(code), input_precision="ieee", out_dtype=tl.float32)
     else:
-        product = tl.dot(wide, tl.trans(codes), input_precision=DOT, out_dtype=tl.float32)
+        centred = code.to(tl.float32)
+        if CENTRE:
+            centred = tl.where(inside, centred - centre[None, :], 0.0)
+        product = tl.dot(wide, tl.trans(centred), input_precision=DOT, out_dtype=tl.float32)
     score = half_norm[None, :] - product  # [BN, BK]
     best = tl.min(score, axis=1)
-    index = tl.min(tl.where(score == best[:, None], tl.arange(0, BK)[None, :], BK), axis=1)
+    index = tl.min(tl.where(score == best[:, None], k[None, :], BK), axis=1)
     return tl.where(best < float("inf"), index, -1), again
 
 
@@ -167,16 +173,27 @@ def chosen_score(
 
 
 @triton.jit
+def round_to_tf32(value: tensor) -> tensor:
+    return ((value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def grouped_sum(member: tensor, value: tensor, DOT: tl.constexpr) -> tensor:
     """Sums [BG, BD] of the rows of ``value`` [BN, BD] that are members [BG, BN] of each group.
 
-    The one-hot factor is exact in every format, so only the splitting of ``value`` rounds, by 2⁻²² in tf32x3.
+    The one-hot factor is exact in tf32, so two products do, of the two halves of ``value``: an error of 2⁻²³ of it.
     """
     if value.dtype == tl.float64:
         total = tl.sum(tl.where(member[:, :, None], value[None, :, :], 0.0), axis=1)
     else:  # clamped, because an infinity would reach every group as 0 · inf
         clamped = tl.minimum(tl.maximum(value, -LARGEST_SINGLE), LARGEST_SINGLE)
-        total = tl.dot(member.to(tl.float32), clamped, input_precision=DOT, out_dtype=tl.float32)
+        one_hot = member.to(tl.float32)
+        if DOT == "ieee":
+            total = tl.dot(one_hot, clamped, input_precision="ieee", out_dtype=tl.float32)
+        else:
+            high = round_to_tf32(clamped)
+            total = tl.dot(one_hot, high, input_precision="tf32", out_dtype=tl.float32)
+            total = tl.dot(one_hot, round_to_tf32(clamped - high), total, input_precision="tf32")
     return total
 
 

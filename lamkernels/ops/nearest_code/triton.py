@@ -24,7 +24,7 @@ from lamkernels.ops.triton_common import (
     nearest_resident,
     on_device,
     persistent_programs,
-    resident_codes,
+    resident_norms,
     scan_exactly,
     unit_inner,
 )
@@ -39,14 +39,16 @@ def nearest_code_resident_kernel(
 ) -> None:  # fmt: skip
     head = (tl.program_id(0) // programs).to(tl.int64)
     codebook += head * c_h
-    codes, centre, half_norm, limit = resident_codes(codebook, c_k, num_codes, dim, L2, CENTRE, NATIVE, BK, BD)
+    centre, half_norm, limit = resident_norms(codebook, c_k, num_codes, dim, L2, CENTRE, BK, BD)
     d = tl.arange(0, BD)
     for tile in range(tl.program_id(0) % programs, tiles, programs):
         row = tl.cast(tile, tl.int64) * BN + tl.arange(0, BN)
         present = row < num_rows
         rows = x + head * x_h + row * x_n
         entries = tl.load(rows[:, None] + d[None, :], mask=present[:, None] & (d < dim)[None, :], other=0.0)  # [BN, BD]
-        index, again = nearest_resident(entries, codes, centre, half_norm, limit, CENTRE, NATIVE, DOT, BK)
+        index, again = nearest_resident(
+            entries, codebook, c_k, num_codes, dim, centre, half_norm, limit, CENTRE, NATIVE, DOT, BK, BD
+        )
         store_nearest(
             index, again & present, rows, row, present, codebook, c_k, indices + head * num_rows,
             distance + head * num_rows, num_codes, dim, L2, DISTANCE, BN, 16, BD,

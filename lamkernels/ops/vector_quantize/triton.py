@@ -27,7 +27,7 @@ from lamkernels.ops.triton_common import (
     nearest_resident,
     on_device,
     persistent_programs,
-    resident_codes,
+    resident_norms,
     scan_exactly,
     unit_inner,
 )
@@ -44,7 +44,7 @@ def vector_quantize_fwd_kernel(
     """Lookup, output, and per program: residual sums (H, P, K, D), counts (H, P, K), loss and rows (H, P, 2)."""
     head = (tl.program_id(0) // programs).to(tl.int64)
     codebook += head * c_h
-    codes, centre, half_norm, limit = resident_codes(codebook, c_k, num_codes, dim, L2, CENTRE, NATIVE, BK, BD)
+    centre, half_norm, limit = resident_norms(codebook, c_k, num_codes, dim, L2, CENTRE, BK, BD)
     k = tl.arange(0, BK)
     d = tl.arange(0, BD)
     total = tl.zeros([BK, BD], tl.float32)
@@ -58,7 +58,9 @@ def vector_quantize_fwd_kernel(
             kept = present & (tl.load(mask + head * m_h + row * m_n, mask=present, other=0) != 0)
         rows = x + head * x_h + row * x_n
         entry = tl.load(rows[:, None] + d[None, :], mask=present[:, None] & (d < dim)[None, :], other=0.0)  # [BN, BD]
-        index, again = nearest_resident(entry, codes, centre, half_norm, limit, CENTRE, NATIVE, DOT, BK)
+        index, again = nearest_resident(
+            entry, codebook, c_k, num_codes, dim, centre, half_norm, limit, CENTRE, NATIVE, DOT, BK, BD
+        )
         again = again & kept
         if tl.max(again.to(tl.int32), axis=0) > 0:
             scanned, _ = scan_exactly(rows, again, codebook, c_k, num_codes, dim, L2, BN, 16)
