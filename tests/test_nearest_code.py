@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DTYPES
 from contract import HARD_DATA, assert_contract, hard_data, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import lamkernels as lk
-
-from conftest import DTYPES
 
 SHAPES = [(1, 1, 1), (1, 5, 3), (23, 1, 4), (24, 4, 8), (25, 5, 7), (100, 13, 33), (257, 64, 16), (90, 300, 130)]
 

@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DTYPES
 from contract import assert_contract
 from torch.nn import functional as F
 
 import lamkernels as lk
-
-from conftest import DTYPES
 
 # fused sums, sums in a pass of their own (K·D > 32768), one row, one code, tails
 SHAPES = [(1, 1, 1), (300, 8, 32), (257, 64, 16), (123, 7, 5), (500, 1100, 33), (2000, 300, 130)]
