@@ -1,6 +1,6 @@
 """nearest_code on the CPU: blocks of rows packed transposed, scored against tiles of codes by :mod:`simd`.
 
-The fast path computes ½‖c−μ‖² − (x−μ)·(c−μ) in fp32 (fp64 for fp64 rows). Rows that it must not decide, because an
+The fast path computes ½‖c−μ‖² − (x−μ)·(c−μ), less the least norm, in fp32 (fp64 for fp64 rows). Rows that it must not decide, because an
 entry is not finite or so large that a product could overflow, are marked while they are packed and scanned in fp64.
 """
 
@@ -75,7 +75,8 @@ def prepare(codebook, euclidean, codes):
     codes.mean[:] = 0.0
     if euclidean and count > 0:
         _rounded_mean(codebook, codes.finite, count, codes.mean)
-    largest, largest_norm = 0.0, 0.0
+    norms = np.full(codes.finite.shape[0], np.inf)
+    largest, smallest_norm, largest_norm = 0.0, np.inf, 0.0
     for k in range(codes.finite.shape[0]):
         first = (k // TILE) * TILE * dim + k % TILE
         norm = 0.0
@@ -84,10 +85,12 @@ def prepare(codebook, euclidean, codes):
             codes.packed[first + d * TILE] = -entry
             norm += np.float64(entry) * np.float64(entry)
             largest = max(largest, abs(np.float64(entry)))
-        largest_norm = max(largest_norm, norm)
-        codes.half_norm[k] = np.inf
         if codes.finite[k]:
-            codes.half_norm[k] = 0.5 * norm if euclidean else 0.0
+            norms[k] = norm if euclidean else 0.0
+            smallest_norm, largest_norm = min(smallest_norm, norms[k]), max(largest_norm, norm)
+    for k in range(codes.finite.shape[0]):
+        # relative to the least, in fp64: codes of nearly equal norm keep their difference
+        codes.half_norm[k] = 0.5 * (norms[k] - smallest_norm) if codes.finite[k] else np.inf
     huge, tiny = (1e300, 1e-140) if codes.mean.itemsize == 8 else (1e37, 1e-15)
     codes.limit[0] = huge / (dim * max(largest, 1.0))
     if count == 0 or largest_norm > huge or 0.0 < largest < tiny:
