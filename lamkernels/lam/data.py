@@ -25,7 +25,7 @@ RESIZE_BATCH = 64
 # even walk in Freeway stays at the bottom kerb, where "down" does nothing.
 POLICIES: dict[str, dict[str, float]] = {
     "pong": {"NOOP": 0.34, "RIGHT": 0.33, "LEFT": 0.33},
-    "breakout": {"NOOP": 0.27, "FIRE": 0.13, "RIGHT": 0.30, "LEFT": 0.30},
+    "breakout": {"NOOP": 0.34, "RIGHT": 0.33, "LEFT": 0.33},
     "freeway": {"NOOP": 0.28, "UP": 0.40, "DOWN": 0.32},
 }
 GAMES = tuple(POLICIES)
@@ -39,15 +39,16 @@ class DataConfig:
         game: "pong", "breakout" or "freeway".
         transitions: frame pairs to collect.
         seed: of the emulator and of the behaviour policy.
-        frame_skip: emulated frames per transition; the action is held for all of them.
+        frame_skip: emulated frames per transition; the action is held for all of them. Six, not the usual four: the
+            paddles of Pong and Breakout take about three frames to turn, and what cannot be seen cannot be recovered.
         size: height and width of the stored frames, pixels.
         mean_hold: transitions for which the policy keeps an action, on average (geometric).
     """
 
-    game: str = "freeway"
+    game: str = "pong"
     transitions: int = 12_500
     seed: int = 0
-    frame_skip: int = 4
+    frame_skip: int = 6
     size: int = 64
     mean_hold: float = 3.0
 
@@ -87,7 +88,7 @@ class FrameData:
         """SHA-256 of the frames, the actions and the episode starts."""
         digest = hashlib.sha256()
         for tensor in (self.frames, self.actions, self.starts):
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -128,7 +129,8 @@ def collect(config: DataConfig, *, progress: bool = False) -> FrameData:
     """Plays ``config.transitions`` transitions with a random policy that holds each action for a while.
 
     The emulator runs without action repetition of its own (``repeat_action_probability`` 0), so that the recorded
-    action is the one that was played.
+    action is the one that was played. A lost life ends an episode; the serve that follows it in Breakout is no
+    transition.
 
     Raises:
         ModuleNotFoundError: ``ale-py`` is not installed.
@@ -140,8 +142,10 @@ def collect(config: DataConfig, *, progress: bool = False) -> FrameData:
     ale = ALEInterface()
     ale.setInt("random_seed", config.seed)
     ale.setFloat("repeat_action_probability", 0.0)
-    ale.loadROM(roms.get_rom_path(config.game))
-    ale.reset_game()
+    rom = roms.get_rom_path(config.game)
+    if rom is None:
+        raise FileNotFoundError(f"this ale-py has no ROM of {config.game}")
+    ale.loadROM(rom)
 
     policy = POLICIES[config.game]
     names, weights = tuple(policy), np.array(list(policy.values()))
@@ -164,12 +168,21 @@ def collect(config: DataConfig, *, progress: bool = False) -> FrameData:
             frames.append(_resize(np.stack(screens), config.size))
             screens.clear()
 
-    store(start=True)
-    action = int(rng.choice(len(names), p=weights))
-    for _ in tqdm(range(config.transitions), desc=f"playing {config.game}", disable=not progress, leave=False):
+    def serve() -> None:
         if ale.game_over():
             ale.reset_game()
-            store(start=True)
+        if config.game == "breakout":
+            ale.act(Action.FIRE)
+        store(start=True)
+
+    ale.reset_game()
+    serve()
+    lives = ale.lives()
+    action = int(rng.choice(len(names), p=weights))
+    for _ in tqdm(range(config.transitions), desc=f"playing {config.game}", disable=not progress, leave=False):
+        if ale.game_over() or ale.lives() < lives:
+            serve()
+        lives = ale.lives()
         if rng.random() < 1 / config.mean_hold:
             action = int(rng.choice(len(names), p=weights))
         for _ in range(config.frame_skip):

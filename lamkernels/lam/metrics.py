@@ -62,7 +62,9 @@ def linear_probe(
                 f"they must be (N, F) and (N,) with N at least 1"
             )
     if train_features.shape[1] != test_features.shape[1]:
-        raise ValueError(f"train_features has {train_features.shape[1]} columns, test_features {test_features.shape[1]}")
+        raise ValueError(
+            f"train_features has {train_features.shape[1]} columns, test_features {test_features.shape[1]}"
+        )
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     mean, scale = train_features.double().mean(0), train_features.double().std(0, correction=0)
     scale = scale.where(scale > 1e-12, 1.0)
@@ -75,7 +77,7 @@ def linear_probe(
         optimizer.zero_grad()
         loss = F.cross_entropy(x @ weight + bias, train_labels) + l2 * weight.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss)
+        return float(loss.detach())
 
     optimizer.step(objective)  # type: ignore[no-untyped-call]
     with torch.no_grad():
@@ -135,7 +137,7 @@ def code_usage(indices: Tensor, codebook_size: int) -> CodeUsage:
         used=int((counts.sum(0) > 0).sum()),
         perplexity=_perplexity(counts.sum(0)),
         token_perplexity=tuple(_perplexity(row) for row in counts),
-        words=len(indices.unique(dim=0)),
+        words=len(torch.unique(indices, dim=0)),
     )
 
 

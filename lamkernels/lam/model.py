@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamkernels.lam.objectives import motion_weighted_mse
+from lamkernels.lam.objectives import relative_motion_error
 from lamkernels.lam.stock import StockVectorQuantize
 from lamkernels.nn import VectorQuantize
 
 BOTTLENECKS = ("vq", "stock-vq", "gaussian", "none")
 FORWARD_MODELS = ("unet", "conv")
+
+CHANGE_SCALE = 8.0  # of the encoder's input: keeps its sums far above the eps of the normalisation behind them
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class LAMConfig:
     Attributes:
         size: S, height and width of a frame, pixels; a multiple of 16.
         channels: C of a frame.
-        width: channels of the first convolution; the deeper ones have 2, 3 and 3 times as many.
+        width: channels of the first convolution; the deeper ones have 2, 4 and 4 times as many.
         tokens: latent action tokens per transition.
         latent_dim: D of a token.
         bottleneck: "vq" (:class:`lamkernels.VectorQuantize`), "stock-vq" (the same in plain torch), "gaussian" or
@@ -35,19 +37,19 @@ class LAMConfig:
         commitment_weight: of the VQ commitment loss in the bottleneck's loss.
         kl_weight: of the Gaussian bottleneck's divergence.
         forward_model: "unet", or "conv": the same without skip connections.
-        motion_weight: see :func:`lamkernels.lam.objectives.motion_weighted_mse`.
+        motion_weight: see :func:`lamkernels.lam.objectives.relative_motion_error`.
     """
 
     size: int = 64
     channels: int = 3
-    width: int = 32
+    width: int = 16
     tokens: int = 4
     latent_dim: int = 32
     bottleneck: str = "vq"
     codebook_size: int = 8
     decay: float = 0.95
     dead_code_threshold: float = 1.0
-    commitment_weight: float = 0.25
+    commitment_weight: float = 0.05
     kl_weight: float = 1e-4
     forward_model: str = "unet"
     motion_weight: float = 20.0
@@ -118,31 +120,45 @@ class GaussianBottleneck(nn.Module):
 
 
 class InverseDynamics(nn.Module):
-    """Two frames (B, C, S, S) -> x (B, tokens, D): strided convolutions over both frames and their difference."""
+    """Two frames (B, C, S, S) -> x (B, tokens, D): strided convolutions over the change, then the sum over the picture.
+
+    The forward model sees the frame itself, so the encoder is left with what moved and which way, and not where: an
+    encoder that may tell places apart spends its few codes on them. Two normalisations without weights end it. The one
+    over D takes the size away: convolutions without bias and ReLU are homogeneous, and one frame in which the score
+    changes must not dwarf the rest. The one over (B,) makes every entry of x vary with the transition, so that no token
+    sits on one code (Łańcucki et al. 2020, "Robust training of vector quantized bottleneck models").
+    """
 
     def __init__(self, config: LAMConfig) -> None:
         super().__init__()
         w = config.width
-        widths = (3 * config.channels, w, 2 * w, 3 * w, 3 * w)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)
+            (
+                nn.Conv2d(config.channels, 2 * w, 8, stride=4, padding=2, bias=False),
+                nn.Conv2d(2 * w, 4 * w, 4, stride=2, padding=1, bias=False),
+                nn.Conv2d(4 * w, 4 * w, 4, stride=2, padding=1, bias=False),
+            )
         )
         self.shape = (config.tokens, config.latent_dim)
-        self.head = nn.Linear(3 * w * (config.size // 16) ** 2, config.tokens * config.latent_dim)
+        latent = config.tokens * config.latent_dim
+        self.head = nn.Linear(4 * w, latent, bias=False)
+        self.norm = nn.BatchNorm1d(latent, affine=False)
 
     def forward(self, frame: Tensor, next_frame: Tensor) -> Tensor:
-        hidden = torch.cat([frame, next_frame, next_frame - frame], dim=1)
+        hidden = CHANGE_SCALE * (next_frame - frame)
         for convolution in self.convolutions:
-            hidden = F.silu(convolution(hidden))
-        return self.head(hidden.flatten(1)).unflatten(1, self.shape)
+            hidden = F.relu(convolution(hidden))
+        tokens = F.layer_norm(self.head(hidden.sum((2, 3))).view(-1, *self.shape), self.shape[1:])
+        x: Tensor = self.norm(tokens.flatten(1))
+        return x.view(tokens.shape)
 
 
 class ForwardModel(nn.Module):
     """A frame (B, C, S, S) and a latent action (B, tokens, D) -> the change of the frame (B, C, S, S).
 
     A convolutional encoder and decoder; the latent scales and shifts the channels of the innermost layer and of every
-    decoder stage (FiLM). ``skips`` makes it a U-Net. The last layer starts at zero, so training starts from
-    "nothing moves".
+    decoder stage (FiLM). ``skips`` makes it a U-Net, with skips that add. The last layer starts at zero, so training
+    starts from "nothing moves".
     """
 
     def __init__(self, config: LAMConfig, *, skips: bool) -> None:
@@ -150,18 +166,12 @@ class ForwardModel(nn.Module):
         w, latent = config.width, config.tokens * config.latent_dim
         self.skips = skips
         self.down = nn.ModuleList(
-            nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in ((config.channels, w), (w, 2 * w), (2 * w, 3 * w))
+            nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in ((config.channels, w), (w, 2 * w), (2 * w, 4 * w))
         )
-        self.middle = nn.Conv2d(3 * w, 3 * w, 3, padding=1)
-        self.up = nn.ModuleList(
-            # PixelShuffle, not interpolation: its backward is deterministic on GPUs too
-            nn.Sequential(nn.Conv2d(a, 4 * b, 3, padding=1), nn.PixelShuffle(2))
-            for a, b in ((3 * w, 2 * w), (2 * w * (1 + skips), w))
-        )
-        self.films = nn.ModuleList(nn.Linear(latent, 2 * width) for width in (3 * w, 2 * w, w))
-        self.last = nn.Sequential(
-            nn.Conv2d(w * (1 + skips), 4 * config.channels, 3, padding=1), nn.PixelShuffle(2)
-        )
+        self.middle = nn.Conv2d(4 * w, 4 * w, 3, padding=1)
+        self.up = nn.ModuleList(_double(a, b, kernel=1) for a, b in ((4 * w, 2 * w), (2 * w, w)))
+        self.films = nn.ModuleList(nn.Linear(latent, 2 * width) for width in (4 * w, 2 * w, w))
+        self.last = _double(w, config.channels, kernel=3)
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)
 
@@ -175,9 +185,14 @@ class ForwardModel(nn.Module):
         for up, film, skip in zip(self.up, self.films[1:], kept[-2::-1], strict=True):
             hidden = F.silu(_film(up(hidden), film(z)))
             if self.skips:
-                hidden = torch.cat([hidden, skip], dim=1)
+                hidden = hidden + skip
         change: Tensor = self.last(hidden)
         return change
+
+
+def _double(channels: int, out_channels: int, kernel: int) -> nn.Module:
+    """(B, channels, S, S) -> (B, out_channels, 2S, 2S), with a backward that is deterministic on GPUs too."""
+    return nn.Sequential(nn.Conv2d(channels, 4 * out_channels, kernel, padding=kernel // 2), nn.PixelShuffle(2))
 
 
 def _film(hidden: Tensor, scale_shift: Tensor) -> Tensor:
@@ -228,7 +243,7 @@ class LatentActionModel(nn.Module):
         frame, next_frame = self._pixels("frame", frame), self._pixels("next_frame", next_frame)
         latent, indices, bottleneck_loss = self.bottleneck(self.inverse_dynamics(frame, next_frame))
         prediction = frame + self.forward_model(frame, latent)
-        loss = motion_weighted_mse(prediction, next_frame, frame, self.config.motion_weight)
+        loss = relative_motion_error(prediction, next_frame, frame, self.config.motion_weight)
         return LAMOutput(prediction, latent, indices, loss, bottleneck_loss)
 
     def encode(self, frame: Tensor, next_frame: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -240,7 +255,8 @@ class LatentActionModel(nn.Module):
     def predict(self, frame: Tensor, latent: Tensor) -> Tensor:
         """The next frame (B, C, S, S) under a latent action (B, tokens, D), in [0, 1] pixel units (not clamped)."""
         frame = self._pixels("frame", frame)
-        return frame + self.forward_model(frame, latent)
+        prediction: Tensor = frame + self.forward_model(frame, latent)
+        return prediction
 
     def _pixels(self, name: str, frame: Tensor) -> Tensor:
         wanted = (self.config.channels, self.config.size, self.config.size)

@@ -5,25 +5,31 @@ from __future__ import annotations
 from torch import Tensor
 
 MOTION_THRESHOLD = 0.04  # of the pixel range: above the rounding of resized frames, below the contrast of a sprite
+STILL = 1e-4  # mean squared change, in [0, 1] pixel units, of a batch in which nothing moves
 
 
-def motion_weighted_mse(prediction: Tensor, target: Tensor, frame: Tensor, weight: float) -> Tensor:
-    """Squared error in which the pixels that change count ``1 + weight`` times.
+def relative_motion_error(prediction: Tensor, target: Tensor, frame: Tensor, weight: float) -> Tensor:
+    """Squared error over that of copying the frame: 1 is "nothing moves", 0 is a perfect prediction.
 
-    In an Atari frame a few pixels move and the rest are copied, so the plain mean says almost nothing about the
-    player. The weight depends on the two frames only: no action, no label, no mask of the player.
+    In an Atari frame a few pixels move and the rest are copied, so the plain mean is tiny and says almost nothing about
+    the player: pixels that change count ``1 + weight`` times. And a few transitions, in which a score or a ball jumps,
+    change much more than the rest: a transition that changes more than the median one counts at most about twice as
+    much. All this depends on the two frames only: no action, no label, no mask of the player.
 
     Args:
         prediction: (B, C, H, W) float, in [0, 1] pixel units.
         target: (B, C, H, W) float, the next frame.
         frame: (B, C, H, W) float, the current frame.
-        weight: extra weight of a pixel whose channels change by more than 0.04; 0 is the plain mean.
+        weight: extra weight of a pixel of which a channel changes by more than 0.04; 0 weighs all alike.
 
     Returns:
-        () float: Σ w·(prediction − target)² / (B·C·H·W), w ∈ {1, 1 + weight}.
+        () float: Σ_b error_b / (copying_b + m) over Σ_b copying_b / (copying_b + m), with the sums over pixels
+        error = Σ w·(prediction − target)² and copying = Σ w·(target − frame)², w ∈ {1, 1 + weight}, and m the median
+        of copying in the batch.
     """
-    squared = (prediction - target).square()
-    if weight == 0:
-        return squared.mean()
-    moved = ((target - frame).abs().amax(1, keepdim=True) > MOTION_THRESHOLD).to(squared)
-    return (squared * (1 + weight * moved)).mean()
+    change = target - frame
+    weights = 1 + weight * (change.abs().amax(1, keepdim=True) > MOTION_THRESHOLD).to(change)  # (B, 1, H, W)
+    copying = (change.square() * weights).sum((1, 2, 3))  # (B,)
+    error = ((prediction - target).square() * weights).sum((1, 2, 3))
+    soft = copying + copying.median().clamp(min=STILL * target[0].numel())
+    return (error / soft).sum() / (copying / soft).sum().clamp(min=STILL * len(copying))

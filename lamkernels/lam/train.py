@@ -17,6 +17,7 @@ from lamkernels.lam.files import load_tensors, save_tensors
 from lamkernels.lam.model import LAMConfig, LatentActionModel
 
 CHECKPOINT_FORMAT = "lamkernels lam checkpoint 1"
+ADAM_EPS = 1e-5  # with 1e-8, entries that have almost no gradient follow its rounding
 LOSSES = ("loss", "reconstruction_loss", "bottleneck_loss")
 
 
@@ -86,7 +87,7 @@ class Trainer:
             self.model = LatentActionModel(model_config).to(self.device)
             self._rng = self._rng_state()
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, eps=ADAM_EPS
         )
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -109,7 +110,7 @@ class Trainer:
         with self._own_rng():
             output = self.model(frame, next_frame)
             self.optimizer.zero_grad(set_to_none=True)
-            output.loss.backward()  # type: ignore[no-untyped-call]
+            output.loss.backward()
             self.optimizer.step()
         for name in LOSSES:
             self.losses[name].append(getattr(output, name).detach())
