@@ -45,12 +45,12 @@ class DataConfig:
         mean_hold: transitions for which the policy keeps an action, on average (geometric).
     """
 
-    game: str = "pong"
+    game: str = "breakout"
     transitions: int = 12_500
     seed: int = 0
     frame_skip: int = 6
     size: int = 64
-    mean_hold: float = 3.0
+    mean_hold: float = 2.0
 
     def __post_init__(self) -> None:
         if self.game not in POLICIES:

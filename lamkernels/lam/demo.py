@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if options.seed < 0:
         parser.error(f"--seed is {options.seed}; it must be at least 0")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces every start and stop on stderr
     try:
         run(QUICK if options.quick else FULL, options.game, options.seed, device, options.out)
     except OSError as error:
@@ -178,8 +180,6 @@ def run(size: Size, game: str, seed: int, device: torch.device, out: Path) -> di
 
 
 def _costs(trainers: dict[str, Trainer], rows: Tensor, size: Size) -> dict[str, Any]:
-    import copy
-
     training = {name: copy.deepcopy(trainer.model.bottleneck) for name, trainer in trainers.items()}
     dim, num_codes = rows.shape[-1], 1024
     generator = torch.Generator().manual_seed(0)

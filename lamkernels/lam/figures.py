@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
 from lamkernels.lam.model import LatentActionModel
+
+P = ParamSpec("P")
 
 STOCK, FUSED, INK, GRID = "#e08214", "#2166ac", "#22272e", "#d8dee4"
 ZOOM = 28  # side of the window around what the codes change, pixels
@@ -38,26 +41,35 @@ def _style() -> Any:
     }
 
 
+def _styled(draw: Callable[P, bytes]) -> Callable[P, bytes]:
+    """Draws with the style of the report and leaves matplotlib's settings alone."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> bytes:
+        from matplotlib import rc_context
+
+        with rc_context(_style()):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
 def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(_style()):
-        figure = Figure(figsize=size, dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
-        return figure, figure.subplots(rows, columns, squeeze=False, **options)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def _png(figure: Any) -> bytes:
-    from matplotlib import rc_context
-
     buffer = io.BytesIO()
-    with rc_context(_style()):
-        figure.savefig(buffer, format="png", facecolor="white")
+    figure.savefig(buffer, format="png", facecolor="white")
     return buffer.getvalue()
 
 
+@_styled
 def curves(results: dict[str, Any]) -> bytes:
     """Both loss curves, one over the other, and their relative difference at every step."""
     stock, fused = (torch.tensor(results["curves"][name]["loss"], dtype=torch.float64) for name in ("stock", "fused"))
@@ -65,18 +77,20 @@ def curves(results: dict[str, Any]) -> bytes:
     difference = (stock - fused).abs() / stock.abs().clamp(min=1e-12)
     steps = range(1, len(stock) + 1)
     figure, ((left, right),) = _figure(1, 2, (10.5, 3.6))
-    left.plot(steps, stock, color=STOCK, linewidth=4.5, alpha=0.55, label="stock", solid_capstyle="round")
-    left.plot(steps, fused, color=FUSED, linewidth=1.2, label="fused")
-    left.set(title="Training loss", xlabel="step", ylabel="loss (1 = nothing moves)", yscale="log")
+    left.plot(steps, stock.numpy(), color=STOCK, linewidth=4.5, alpha=0.55, label="stock", solid_capstyle="round")
+    left.plot(steps, fused.numpy(), color=FUSED, linewidth=1.2, label="fused")
+    left.set(title="Training loss", xlabel="step", ylabel="loss (1 = nothing moves)", ylim=(0, None))
     left.legend(loc="upper right")
     floor = 1e-9
     control = torch.tensor(results["control_relative_difference"], dtype=torch.float64)
-    right.plot(steps, control.clamp(min=floor), ".", color="#9aa4ae", markersize=4, label="control: one rounding away")
-    right.plot(steps, difference.clamp(min=floor), ".", color=FUSED, markersize=3, label="fused")
+    right.plot(
+        steps, control.clamp(min=floor).numpy(), ".", color="#9aa4ae", markersize=4, label="control: one rounding away"
+    )
+    right.plot(steps, difference.clamp(min=floor).numpy(), ".", color=FUSED, markersize=3, label="fused")
     right.axhline(agreement["tolerance"], color="#b2182b", linewidth=1.2, linestyle="--")
-    right.text(len(stock), agreement["tolerance"] * 1.5, "apart", color="#b2182b", ha="right", va="bottom")
+    right.text(1, agreement["tolerance"] * 1.5, "apart", color="#b2182b", ha="left", va="bottom")
     right.axhline(2**-23, color="#8b949e", linewidth=1, linestyle=":")
-    right.text(len(stock), 2**-23 / 1.5, "one fp32 rounding", color="#57606a", ha="right", va="top")
+    right.text(len(stock), 2**-23 * 1.4, "one fp32 rounding", color="#57606a", ha="right", va="bottom")
     right.set(
         title="Distance from the stock run, relative",
         xlabel="step",
@@ -87,6 +101,7 @@ def curves(results: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
+@_styled
 def usage(results: dict[str, Any], codes: Tensor, actions: Tensor) -> bytes:
     """How often each token uses each code, and which actions were played under the commonest code words.
 
@@ -99,7 +114,7 @@ def usage(results: dict[str, Any], codes: Tensor, actions: Tensor) -> bytes:
     counts = torch.tensor(results["code_usage"]["fused"]["counts"])
     share = counts / counts.sum(1, keepdim=True)
     left.grid(False)
-    left.imshow(share, cmap="Blues", vmin=0, vmax=max(0.5, float(share.max())), aspect="auto")
+    left.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=max(0.5, float(share.max())), aspect="auto")
     for (token, code), value in zip(
         torch.cartesian_prod(*map(torch.arange, share.shape)), share.flatten(), strict=True
     ):
@@ -118,13 +133,16 @@ def usage(results: dict[str, Any], codes: Tensor, actions: Tensor) -> bytes:
             label = names[action].lower() if row == 0 else None
             right.barh(row, 100 * part, left=100 * start, color=colours[action], height=0.75, label=label)
             start += part
-    right.set(title="Actions played under the commonest code words", xlabel="% of the held-out transitions")
+    right.set(
+        title="Actions played under the commonest words (one code per token)", xlabel="% of the held-out transitions"
+    )
     right.set_yticks(range(len(words)), [word_name(word) for word in words], family="monospace")
     right.invert_yaxis()
     right.legend(loc="lower right")
     return _png(figure)
 
 
+@_styled
 @torch.no_grad()
 def predictions(model: LatentActionModel, frames: Tensor, next_frames: Tensor, names: Sequence[str]) -> bytes:
     """Frame, next frame, prediction, and the true and predicted changes.
@@ -151,6 +169,7 @@ def predictions(model: LatentActionModel, frames: Tensor, next_frames: Tensor, n
     return _png(figure)
 
 
+@_styled
 @torch.no_grad()
 def what_codes_do(
     model: LatentActionModel, frame: Tensor, next_frame: Tensor, codes: Tensor, actions: Tensor, names: Sequence[str]
@@ -174,7 +193,7 @@ def what_codes_do(
     changes = (future - now).mean(1)
     window = _window(changes.var(0, correction=0), ZOOM)
     limit = float(changes.abs().max().clamp(min=0.02))
-    figure, axes = _figure(2, len(words) + 1, (10.5, 4.1))
+    figure, axes = _figure(2, len(words) + 1, (10.5, 3.75))
     _picture(axes[0, 0], then[(slice(None), *window)], limit)
     _picture(axes[1, 0], (then - now).mean(0)[window], limit)
     axes[0, 0].set_title("what came")
@@ -215,9 +234,9 @@ def _picture(axis: Any, image: Tensor, limit: float) -> None:
     axis.grid(False)
     axis.set(xticks=[], yticks=[])
     if image.ndim == 3:
-        axis.imshow(image.clamp(0, 1).permute(1, 2, 0))
+        axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy())
     else:
-        axis.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axis.imshow(image.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
 
 
 def _ink_on(value: float) -> str:

@@ -12,9 +12,9 @@ def relative_motion_error(prediction: Tensor, target: Tensor, frame: Tensor, wei
     """Squared error over that of copying the frame: 1 is "nothing moves", 0 is a perfect prediction.
 
     In an Atari frame a few pixels move and the rest are copied, so the plain mean is tiny and says almost nothing about
-    the player: pixels that change count ``1 + weight`` times. And a few transitions, in which a score or a ball jumps,
-    change much more than the rest: a transition that changes more than the median one counts at most about twice as
-    much. All this depends on the two frames only: no action, no label, no mask of the player.
+    the player: pixels that change count ``1 + weight`` times. And where a score or a ball jumps, much more changes than
+    elsewhere: no transition counts for more than twice one of mean change. All this depends on the two frames only: no
+    action, no label, no mask of the player.
 
     Args:
         prediction: (B, C, H, W) float, in [0, 1] pixel units.
@@ -24,12 +24,12 @@ def relative_motion_error(prediction: Tensor, target: Tensor, frame: Tensor, wei
 
     Returns:
         () float: Σ_b error_b / (copying_b + m) over Σ_b copying_b / (copying_b + m), with the sums over pixels
-        error = Σ w·(prediction − target)² and copying = Σ w·(target − frame)², w ∈ {1, 1 + weight}, and m the median
-        of copying in the batch.
+        error = Σ w·(prediction − target)² and copying = Σ w·(target − frame)², w ∈ {1, 1 + weight}, and m the mean
+        of copying over the batch.
     """
     change = target - frame
     weights = 1 + weight * (change.abs().amax(1, keepdim=True) > MOTION_THRESHOLD).to(change)  # (B, 1, H, W)
     copying = (change.square() * weights).sum((1, 2, 3))  # (B,)
     error = ((prediction - target).square() * weights).sum((1, 2, 3))
-    soft = copying + copying.median().clamp(min=STILL * target[0].numel())
+    soft = copying + copying.mean().clamp(min=STILL * target[0].numel())
     return (error / soft).sum() / (copying / soft).sum().clamp(min=STILL * len(copying))

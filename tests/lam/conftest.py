@@ -20,10 +20,10 @@ def moving_square():
     actions = torch.randint(3, (count,), generator=generator)
     starts = torch.arange(count) % episode == 0
     frames = torch.full((count, 3, 32, 32), 40, dtype=torch.uint8)
-    place = 16
+    place = 12
     for t in range(count):
-        place = 16 if starts[t] else (place + 3 * (int(actions[t - 1]) - 1)) % 28
-        frames[t, :, 14:18, place : place + 4] = 220
+        place = 12 if starts[t] else (place + 4 * (int(actions[t - 1]) - 1)) % 24
+        frames[t, :, 12:20, place : place + 8] = 220
     actions[torch.cat([starts[1:], torch.tensor([True])])] = -1
     config = DataConfig(game="pong", transitions=count - count // episode, size=32)
     return FrameData(frames, actions, starts, ("LEFT", "NOOP", "RIGHT"), config)

@@ -7,7 +7,7 @@ from lamkernels.lam import LAMConfig, LatentActionModel, StockVectorQuantize, Tr
 from lamkernels.nn import VectorQuantize
 
 pytest.importorskip("safetensors")
-MODEL = LAMConfig(size=32, width=8, latent_dim=8, tokens=2, codebook_size=4)
+MODEL = LAMConfig(size=32, latent_dim=8, tokens=2, codebook_size=8)
 TRAINING = TrainConfig(steps=30, batch_size=16, learning_rate=2e-3)
 
 
@@ -24,9 +24,9 @@ def advance(trainer, until):
 @pytest.mark.parametrize("bottleneck", ["vq", "stock-vq", "gaussian", "none"])
 @pytest.mark.parametrize("forward_model", ["unet", "conv"])
 def test_every_model_lowers_its_loss(moving_square, bottleneck, forward_model):
-    run = advance(trainer(moving_square, bottleneck, TrainConfig(80, 16, 4e-3), forward_model=forward_model), 80)
+    run = advance(trainer(moving_square, bottleneck, TrainConfig(60, 16, 3e-3), forward_model=forward_model), 60)
     curve = run.curve("reconstruction_loss")
-    assert curve[-5:].mean() < 0.7 * curve[:2].mean()
+    assert curve[-5:].mean() < 0.8 * curve[:2].mean()
 
 
 @pytest.mark.parametrize("bottleneck", ["vq", "stock-vq", "gaussian"])
@@ -103,7 +103,7 @@ def test_stock_is_the_fused_module_in_plain_torch(init, threshold):
 
 
 def test_codes_recover_the_actions_of_a_moving_square(moving_square):
-    run = advance(trainer(moving_square, training=TrainConfig(150, 32, 3e-3)), 150)
+    run = advance(trainer(moving_square, training=TrainConfig(steps=200)), 200)
     pairs = moving_square.pairs
     with torch.no_grad():
         _, codes = run.model.eval().encode(moving_square.frames[pairs], moving_square.frames[pairs + 1])

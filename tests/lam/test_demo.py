@@ -1,0 +1,86 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lamkernels.lam import demo
+
+SMALLEST = demo.Size(transitions=300, steps=8, repeats=2, tokenizer_rows=256)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    for package in ("ale_py", "jinja2", "matplotlib", "safetensors", "tqdm"):
+        pytest.importorskip(package)
+    monkeypatch.setenv("LAMKERNELS_CACHE", str(tmp_path / "cache"))
+
+
+def check(out):
+    results = json.loads((out / "results.json").read_text())
+    assert results["schema"] == demo.SCHEMA
+    for name in ("stock", "fused"):
+        assert len(results["curves"][name]["loss"]) == results["config"]["size"]["steps"]
+        assert results["step_time_ms"][name]["median"] > 0
+        assert 0 <= results["action_recovery"][name]["accuracy"] <= 1
+        for shape in ("training_shape", "tokenizer_shape"):
+            assert results["bottleneck"][shape][name]["time_ms"] > 0
+    agreement = results["agreement"]
+    assert agreement["same_initial_state"] and agreement["within_rounding"]
+    assert agreement["every_bottleneck_step"]["other_code"] == 0
+    assert agreement["every_bottleneck_step"]["max_relative_difference"] < 1e-5
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and "{{" not in page and "{%" not in page
+    assert {path.name for path in out.iterdir()} == {
+        "report.html", "results.json", "stock.safetensors", "fused.safetensors"
+    }  # fmt: skip
+    return results
+
+
+@pytest.mark.parametrize("game", ["pong", "breakout"])
+def test_the_smallest_demonstration(tmp_path, game, capsys):
+    results = demo.run(SMALLEST, game, 1, torch.device("cpu"), tmp_path / "out")
+    assert check(tmp_path / "out")["curves"] == results["curves"]
+    printed = capsys.readouterr().out
+    assert "stock loss" in printed and "report.html" in printed and "actions recovered from codes" in printed
+
+
+@pytest.mark.slow
+def test_a_quick_demonstration(tmp_path):
+    command = [sys.executable, "-m", "lamkernels.cli", "demo", "--quick", "--out", str(tmp_path / "out")]
+    subprocess.run(command, check=True, timeout=600)
+    results = check(tmp_path / "out")
+    recovery = results["action_recovery"]["fused"]
+    assert recovery["accuracy"] > recovery["majority_accuracy"] + 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--game", "chess"], "invalid choice"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--device", "abacus"], "--device is 'abacus'"),
+        (["--device", "meta"], "--device is 'meta'"),
+    ],
+)
+def test_wrong_options_are_named(options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        demo.main(options)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unwritable_folder_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert demo.main(["--quick", "--out", str(tmp_path / "file")]) == 1
+    assert "file" in capsys.readouterr().err
+
+
+def test_importing_lam_loads_none_of_its_extras():
+    code = (
+        "import sys, lamkernels.lam; "
+        "print([m for m in ('ale_py', 'matplotlib', 'jinja2', 'safetensors') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
