@@ -11,7 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-RESIDENT_ENTRIES = 8192  # of one tile that holds the whole codebook, and of the sums that go with it
+# Entries of one tile that holds the whole codebook, and of the sums that go with it. Where products run on mma.sync
+# the operands are replicated across warps, and larger tiles spill registers.
+RESIDENT_ENTRIES = {"sm_90": 8192, "gfx942": 8192, "interpreter": 8192}
+RESIDENT_ENTRIES_ELSEWHERE = 2048
+# Rows whose length is not a multiple of this are loaded entry by entry, with an address in registers for each.
+ALIGNED = 16
+REGISTERS = 255
 SMALL_BATCH = 4096  # rows below which more, smaller programs fill the device better
 
 
@@ -23,10 +29,16 @@ class Tile(NamedTuple):
     dim: int
     warps: int
     stages: int
+    registers: int = 0  # the most that a thread may use; 0 leaves it to the compiler
 
     def options(self) -> dict[str, int | bool]:
         """The compiler options of a launch. FP fusion is explicit: its default differs between Triton releases."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        options: dict[str, int | bool] = {
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "enable_fp_fusion": True,
+        }
+        return {**options, "maxnreg": self.registers} if self.registers else options
 
 
 PLAIN = Tile(0, 0, 0, 4, 1)  # compiler options of the small kernels with tiles of their own
@@ -51,32 +63,37 @@ def power(value: int, low: int = 16) -> int:
 def resident(target: str, num_rows: int, num_codes: int, dim: int) -> Tile | None:
     """The tile of the kernels that keep the whole codebook in one tile; None where it does not fit."""
     codes, entries = power(num_codes), power(dim)
-    if codes * entries > RESIDENT_ENTRIES or entries > 128:
+    if codes * entries > RESIDENT_ENTRIES.get(target, RESIDENT_ENTRIES_ELSEWHERE) or entries > 128:
         return None
     if target == "interpreter":
         return Tile(32, codes, entries, 4, 1)
+    if dim % ALIGNED and max(codes, entries) > 64:
+        return None
     size = codes * entries
     warps = 4 if size <= 2048 or target.startswith("gfx") else 8  # a wave of gfx has 64 lanes
     # the sums, the one-hot factor and the rows are held at once: more rows than this spill registers
     if size > 4096 or max(codes, entries) > 64:
-        return Tile(16, codes, entries, warps, 1)
-    if size > 1024 or num_rows <= SMALL_BATCH:
-        return Tile(32, codes, entries, 2 if size == 256 else warps, 1)
-    return Tile(64, codes, entries, warps, 1)
+        return Tile(16, codes, entries, warps, 1, registers(target))
+    if size >= 1024 or num_rows <= SMALL_BATCH:
+        return Tile(32, codes, entries, warps, 1, registers(target))
+    return Tile(64, codes, entries, warps, 1, registers(target))
 
 
 def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype) -> Tile:
     """The tile of the lookup that streams tiles of codes past a tile of rows."""
+    half = dtype in (torch.float16, torch.bfloat16)
     if target == "interpreter":
         return Tile(32, 64, 32, 4, 1)
-    if dtype in (torch.float16, torch.bfloat16):
-        return Tile(128, 128, 64, 8, 3) if target.startswith("sm") else Tile(128, 64, 64, 4, 1)
-    return Tile(64, 64, 32, 4, 2) if target.startswith("sm") else Tile(64, 64, 32, 4, 1)
+    if target.startswith("gfx"):
+        return Tile(128, 64, 64, 4, 1) if half else Tile(64, 64, 32, 4, 1)
+    if dim % ALIGNED and target != "sm_90":
+        return Tile(64, 64, 64, 8, 2, REGISTERS) if half else Tile(32, 64, 32, 8, 2, REGISTERS)
+    return Tile(128, 128, 64, 8, 3, REGISTERS) if half else Tile(64, 64, 32, 4, 2, REGISTERS)
 
 
 def exact(target: str) -> Tile:
     """The tile of the fp64 scan."""
-    return Tile(32, 64, 1, 4, 1) if target == "interpreter" else Tile(32, 32, 1, 4, 1)
+    return Tile(32, 64 if target == "interpreter" else 32, 1, 4, 1, registers(target))
 
 
 def segments(target: str, dim: int, dtype: torch.dtype) -> Tile:
@@ -84,11 +101,17 @@ def segments(target: str, dim: int, dtype: torch.dtype) -> Tile:
     if target == "interpreter":
         return Tile(32, 32, 32, 4, 1)
     if dtype == torch.float64:
-        return Tile(16, 16, 16, 4, 1)
-    return Tile(64, 64, min(power(dim), 64), 4, 1)
+        return Tile(16, 16, 16, 4, 1, registers(target))
+    wide = dim % ALIGNED == 0 and target in RESIDENT_ENTRIES
+    return Tile(64, 64, min(power(dim), 64 if wide else 32), 4, 1, registers(target))
 
 
 def elementwise(target: str, dim: int) -> Tile:
     """The tile of passes without a product: quantised rows, the keys of rows, the backward."""
     entries = min(power(dim, 1), 256)
-    return Tile(32 if target == "interpreter" else 2048 // entries, 1, entries, 4, 1)
+    return Tile(32 if target == "interpreter" else 2048 // entries, 1, entries, 4, 1, registers(target))
+
+
+def registers(target: str) -> int:
+    """On NVIDIA all of them: left alone, the assembler spills a few for occupancy."""
+    return REGISTERS if target.startswith("sm") else 0

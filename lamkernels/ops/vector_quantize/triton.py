@@ -149,12 +149,12 @@ def vector_quantize_bwd_kernel(
         tl.store(grad_x + place, tl.where(used, grad, 0.0).to(grad_x.dtype.element_ty), mask=inside)
     else:
         head = ((program - row_programs) // code_tiles).to(tl.int64)
-        entry = ((program - row_programs) % code_tiles).to(tl.int64) * (BN * BD) + tl.arange(0, BN * BD)
-        place = head * code_entries + entry
+        flat = ((program - row_programs) % code_tiles).to(tl.int64) * (BN * BD) + tl.arange(0, BN * BD)
+        target = head * code_entries + flat
         rows = tl.maximum(tl.load(rows_in + head) * dim, 1).to(tl.float64)
         scale = tl.load(grad_codebook_loss + head * codebook_h).to(tl.float64) * (-2.0 / rows)
-        total = tl.load(residual_sums + place, mask=entry < code_entries, other=0.0)
-        tl.store(grad_codebook + place, total * scale.to(wide), mask=entry < code_entries)
+        total = tl.load(residual_sums + target, mask=flat < code_entries, other=0.0)
+        tl.store(grad_codebook + target, total * scale.to(wide), mask=flat < code_entries)
 
 
 def vector_quantize(
