@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit interpreter bench clean
+.PHONY: demo test lint types unit interpreter exhaustive bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -24,6 +24,10 @@ unit: $(VENV)/.dev
 # a process of its own: Triton reads the variable when a kernel is defined
 interpreter: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/interpreter
+
+# every tile of tuning.py on every target: before a release, or after a change to a Triton kernel
+exhaustive: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m exhaustive
 
 bench: $(VENV)/.dev
 	$(BIN)/lamkernels bench $(BENCH)

@@ -159,7 +159,7 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
     "quantise, fp64": lambda: quantise(64, 64, DOUBLE),
     "statistics, fp64": lambda: count(64, 300, DOUBLE),
 }  # fmt: skip
-CASES = [*SHORT, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]
+CASES = [*SHORT, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in LONG)]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -30,6 +30,7 @@ from lamkernels.nn import VectorQuantize
 SCHEMA = "lamkernels demo 1"
 HELD_OUT = 0.2  # of the transitions, the last ones played: neither the model nor the probe is fitted on them
 KINDS = {"stock": "stock-vq", "fused": "vq", "control": "stock-vq"}  # the control starts one rounding away from stock
+BATCH = 32
 ENCODE_BATCH = 256
 
 
@@ -102,7 +103,7 @@ def run(size: Size, game: str, seed: int, device: torch.device, out: Path) -> di
     train_pairs, test_pairs = pairs[:held_out], pairs[held_out:]
     clock.lap("collect")
 
-    model_config, train_config = LAMConfig(), TrainConfig(steps=size.steps, seed=seed)
+    model_config, train_config = LAMConfig(), TrainConfig(steps=size.steps, batch_size=BATCH, seed=seed)
     trainers = {
         name: Trainer(replace(model_config, bottleneck=kind), data, train_config, pairs=train_pairs, device=device)
         for name, kind in KINDS.items()
@@ -202,12 +203,11 @@ def _costs(trainers: dict[str, Trainer], rows: Tensor, size: Size) -> dict[str, 
         }  # fmt: skip
 
 
+@torch.no_grad()
 def _rows(trainer: Trainer) -> Tensor:
-    """What the encoder hands the bottleneck for the next training batch: (B, tokens, D)."""
-    trainer.model.train()
-    with torch.no_grad():
-        frame, next_frame = trainer.batch(0)
-        rows: Tensor = trainer.model.inverse_dynamics(frame.float() / 255, next_frame.float() / 255)
+    """What the encoder hands the bottleneck for a training batch: (B, tokens, D)."""
+    frame, next_frame = trainer.batch(0)
+    rows: Tensor = trainer.model.eval().inverse_dynamics(frame.float() / 255, next_frame.float() / 255)
     return rows
 
 

@@ -133,9 +133,7 @@ def usage(results: dict[str, Any], codes: Tensor, actions: Tensor) -> bytes:
             label = names[action].lower() if row == 0 else None
             right.barh(row, 100 * part, left=100 * start, color=colours[action], height=0.75, label=label)
             start += part
-    right.set(
-        title="Actions played under the commonest words (one code per token)", xlabel="% of the held-out transitions"
-    )
+    right.set(title="Actions played under the commonest code words", xlabel="% of the held-out transitions")
     right.set_yticks(range(len(words)), [word_name(word) for word in words], family="monospace")
     right.invert_yaxis()
     right.legend(loc="lower right")
@@ -193,7 +191,7 @@ def what_codes_do(
     changes = (future - now).mean(1)
     window = _window(changes.var(0, correction=0), ZOOM)
     limit = float(changes.abs().max().clamp(min=0.02))
-    figure, axes = _figure(2, len(words) + 1, (10.5, 3.75))
+    figure, axes = _figure(2, len(words) + 1, (10.5, 3.4))
     _picture(axes[0, 0], then[(slice(None), *window)], limit)
     _picture(axes[1, 0], (then - now).mean(0)[window], limit)
     axes[0, 0].set_title("what came")

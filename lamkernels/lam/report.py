@@ -74,10 +74,12 @@ def verdict(results: dict[str, Any]) -> str:
             f"The two loss curves coincide: over {curves['steps']} steps they differ by at most "
             f"{curves['max_relative_difference']:.1e} of the loss. {step}"
         )
+    first = control["first_step_apart"]
+    apart = "stays with it" if first is None else f"coincides for {first} steps"
     parted = (
         f"The two loss curves coincide to {curves['tolerance']:.0e} for {curves['first_step_apart']} steps and differ "
         f"by at most {curves['max_relative_difference']:.1e} over all {curves['steps']}. The control, the stock run "
-        f"again with one layer moved by one fp32 rounding, differs from the stock run by at most "
+        f"again with one layer moved by one fp32 rounding, {apart} and differs from the stock run by at most "
         f"{control['max_relative_difference']:.1e}: "
     )
     if agreement["within_rounding"]:

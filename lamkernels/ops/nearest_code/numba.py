@@ -1,7 +1,8 @@
 """nearest_code on the CPU: blocks of rows packed transposed, scored against tiles of codes by :mod:`simd`.
 
-The fast path computes ½‖c−μ‖² − (x−μ)·(c−μ), less the least norm, in fp32 (fp64 for fp64 rows). Rows that it must not decide, because an
-entry is not finite or so large that a product could overflow, are marked while they are packed and scanned in fp64.
+The fast path computes ½‖c−μ‖² − (x−μ)·(c−μ), less the least norm, in fp32 (fp64 for fp64 rows). Rows that it must not
+decide, because an entry is not finite or so large that a product could overflow, are marked while they are packed and
+scanned in fp64.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def vector_quantize_backward(
     grad_commitment: Tensor,
     grad_codebook_loss: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """dx = g_q + g_commitment · 2 (x − q) / (n·D), zero for rows that are not in; dc_k = −g_codebook · 2 R_k / (n·D)."""
+    """dx = g_q + g_commitment · 2 (x − q) / (n·D), 0 for rows that are not in; dc_k = −g_codebook · 2 R_k / (n·D)."""
     scale = 2.0 / (num_rows * x.shape[-1]).clamp(min=1).to(residual_sums.dtype)  # (H,)
     residual = x.to(residual_sums.dtype) - quantized.to(residual_sums.dtype)
     grad_x = (grad_commitment * scale)[:, None, None] * residual
