@@ -86,7 +86,7 @@ def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype) -> Tile:
         return Tile(32, 64, 32, 4, 1)
     if target.startswith("gfx"):
         return Tile(128, 64, 64, 4, 1) if half else Tile(64, 64, 32, 4, 1)
-    if dim % ALIGNED and target != "sm_90":
+    if dim % ALIGNED and (half or target != "sm_90"):
         return Tile(64, 64, 64, 8, 2, REGISTERS) if half else Tile(32, 64, 32, 8, 2, REGISTERS)
     return Tile(128, 128, 64, 8, 3, REGISTERS) if half else Tile(64, 64, 32, 4, 2, REGISTERS)
 

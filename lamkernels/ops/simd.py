@@ -215,6 +215,14 @@ def pack(
         magnitude = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(vector, [vector]), f"llvm.fabs.v{width}f{computed.bitwidth}"
         )
+        prefetch = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32]),
+            "llvm.prefetch.p0",
+        )
+        ahead = builder.mul(
+            stride, ir.Constant(I64, VECTORS * width)
+        )  # the rows of the next tile, which need not exist
         marks = cgutils.alloca_once_value(builder, ir.Constant(ir.VectorType(ir.IntType(1), width), None))
         pointers = []
         for lane in range(width):
@@ -230,10 +238,12 @@ def pack(
 
         whole = builder.and_(dim, ir.Constant(I64, -width))
         with cgutils.for_range_slice(builder, ir.Constant(I64, 0), whole, ir.Constant(I64, width)) as (d, _):
-            rows = [
-                _widen(builder, _load(builder, builder.gep(p, [d]), ir.VectorType(stored, width), 1), storage)
-                for p in pointers
-            ]
+            rows = []
+            for p in pointers:
+                at_entry = builder.gep(p, [d])
+                rows.append(_widen(builder, _load(builder, at_entry, ir.VectorType(stored, width), 1), storage))
+                soon = builder.bitcast(builder.gep(at_entry, [ahead]), ir.IntType(8).as_pointer())
+                builder.call(prefetch, [soon, *(ir.Constant(I32, hint) for hint in (0, 3, 1))])  # a read, of data
             for j, column in enumerate(_transpose(builder, rows, 16 // itemsize)):
                 emit(builder.add(d, ir.Constant(I64, j)), column)
         with cgutils.for_range_slice(builder, whole, dim, ir.Constant(I64, 1)) as (d, _):

@@ -35,7 +35,7 @@ FLAGS: dict[str, Any] = {
     "fastmath": {"reassoc", "contract"},  # not nnan or ninf: NaN and infinity have meanings here
 }
 KERNEL = types.void(types.CPointer(types.int64))
-ROW_BYTES, PANEL_BYTES = 128 * 1024, 192 * 1024  # of packed rows and of codes: together they stay in a 512 KiB cache
+BLOCK_BYTES, ROW_BYTES, PANEL_BYTES = 96 * 1024, 128 * 1024, 192 * 1024  # of packed rows and of codes: together they stay in a 512 KiB cache
 CHUNKS, MIN_CHUNK, MAX_CHUNK = 32, 256, 4096  # tasks, and rows in each: a function of the shape, never of the threads
 
 
@@ -335,8 +335,9 @@ def prepare_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out
     panel = max(TILE, PANEL_BYTES // (dim * itemsize) // TILE * TILE)
     chunk = min(max(-(-rows // CHUNKS), MIN_CHUNK), MAX_CHUNK)
     chunk += -chunk % tile_rows
-    # one tile of rows meets all codes while it is in the first cache; where the codes do not fit in the second, more
-    block = tile_rows if panel >= padded else min(chunk, max(1, ROW_BYTES // (dim * itemsize * tile_rows)) * tile_rows)
+    # where the codes do not fit in a panel, more rows share each
+    block_bytes = BLOCK_BYTES if panel >= padded else ROW_BYTES
+    block = min(chunk, max(1, block_bytes // (dim * itemsize * tile_rows)) * tile_rows)
     workspace = torch.empty(heads, dim + 1 + padded * (2 + dim), dtype=computed)
     parameters = [
         x.data_ptr(),
