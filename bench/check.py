@@ -122,7 +122,8 @@ def _errors(x: Tensor, codebook: Tensor, indices: Tensor, got: Mapping[str, Tens
         found.append(("counts", 0.0 if torch.equal(got["counts"].reshape(-1).long(), counts) else torch.inf))
     sums, magnitude = sum_by_code(values), sum_by_code(values.abs())
     if "sums" in got:
-        found.append(error("sums", sums, magnitude))
+        # sums may be n·c plus the sum of x − c, whose rounding is in proportion to the code
+        found.append(error("sums", sums, magnitude + counts[:, None] * codes.abs()))
     if "grad_x" in got:
         grad = (2 * quantized + 2 * (values - quantized)) / (rows * dim)
         found.append(error("grad_x", grad, (quantized.abs().amax() + values.abs().amax()) / (rows * dim)))

@@ -48,7 +48,7 @@ def _partial_sums(p, stored, computed):
                 if indices[n] >= 0:
                     k = indices[n] * dim
                     for d in range(begin, end):
-                        sums[k + d] += widen(x[n * stride + d]) - codes[k + d]
+                        sums[k + d] += np.float64(widen(x[n * stride + d])) - np.float64(codes[k + d])
         else:
             for n in range(first, stop):
                 if indices[n] >= 0:

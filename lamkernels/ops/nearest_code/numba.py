@@ -35,7 +35,9 @@ FLAGS: dict[str, Any] = {
     "fastmath": {"reassoc", "contract"},  # not nnan or ninf: NaN and infinity have meanings here
 }
 KERNEL = types.void(types.CPointer(types.int64))
-BLOCK_BYTES, ROW_BYTES, PANEL_BYTES = 96 * 1024, 128 * 1024, 192 * 1024  # of packed rows and of codes: together they stay in a 512 KiB cache
+# Bytes of packed rows in a block, where the codes fit in a panel and where they do not, and of the codes in a panel:
+# together they stay in a 512 KiB cache.
+BLOCK_BYTES, ROW_BYTES, PANEL_BYTES = 96 * 1024, 128 * 1024, 192 * 1024
 CHUNKS, MIN_CHUNK, MAX_CHUNK = 32, 256, 4096  # tasks, and rows in each: a function of the shape, never of the threads
 
 
