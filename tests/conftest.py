@@ -9,8 +9,6 @@ import torch
 
 import lamkernels as lk
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``backend`` runs a test on every backend that takes CPU tensors here."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def scores(x: Tensor, codebook: Tensor, metric: str = "l2") -> Tensor:
     """What is minimised, in fp64 by differences, (N, K); +inf for codes that are not finite."""

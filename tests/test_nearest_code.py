@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES
-from contract import HARD_DATA, assert_contract, hard_data, scores
+from contract import DTYPES, HARD_DATA, assert_contract, hard_data, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F

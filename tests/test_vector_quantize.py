@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES
-from contract import assert_contract
+from contract import DTYPES, assert_contract
 from torch.nn import functional as F
 
 import lamkernels as lk
