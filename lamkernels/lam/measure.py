@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +84,7 @@ def count_operators(action: Callable[[], object], device: torch.device) -> tuple
     with _profile(device) as profiler:
         action()
         synchronize(device)
-    events = profiler.events() or []
+    events = profiler.events() or []  # type: ignore[no-untyped-call]
     operators = sum(1 for event in events if event.name.startswith("aten::") and not _inside_operator(event))
     operators += sum(1 for event in events if event.name.startswith("lamkernels::") and not _inside_operator(event))
     if device.type != "cuda":
@@ -129,9 +132,20 @@ def peak_extra_bytes(action: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def _profile(device: torch.device, *, profile_memory: bool = False) -> profile:
+@contextlib.contextmanager
+def _profile(device: torch.device, *, profile_memory: bool = False) -> Iterator[profile]:
+    """torch's profiler, without the lines that its library prints at every start and stop, come what may."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    return profile(activities=activities, profile_memory=profile_memory, acc_events=True)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        with profile(activities=activities, profile_memory=profile_memory, acc_events=True) as profiler:
+            yield profiler
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _forward_backward(bottleneck: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
