@@ -262,4 +262,5 @@ class LatentActionModel(nn.Module):
         wanted = (self.config.channels, self.config.size, self.config.size)
         if frame.ndim != 4 or frame.shape[1:] != wanted:
             raise ValueError(f"{name} has shape {tuple(frame.shape)}; it must be (B, {', '.join(map(str, wanted))})")
-        return frame.float() / 255 if frame.dtype == torch.uint8 else frame
+        dtype = self.inverse_dynamics.head.weight.dtype
+        return frame.to(dtype) / 255 if frame.dtype == torch.uint8 else frame

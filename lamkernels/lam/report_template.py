@@ -36,7 +36,7 @@ TEMPLATE = """<!doctype html>
 once with <code>lamkernels.VectorQuantize</code> on the {{ results.config.fused_backend }} backend (fused).
 {% if results.config.quick %}This was a quick run.{% endif %}</p>
 
-<p class="verdict{% if not results.agreement.within_rounding %} apart{% endif %}">{{ verdict }}</p>
+<p class="verdict{% if not results.agreement.curves.coincide %} apart{% endif %}">{{ verdict }}</p>
 
 <div class="scroll"><table>
 <thead><tr><th></th><th>stock</th><th>fused</th><th>stock / fused</th><th></th></tr></thead>

@@ -19,6 +19,7 @@ from lamkernels.lam.model import LAMConfig, LatentActionModel
 CHECKPOINT_FORMAT = "lamkernels lam checkpoint 1"
 ADAM_EPS = 1e-5  # with 1e-8, entries that have almost no gradient follow its rounding
 LOSSES = ("loss", "reconstruction_loss", "bottleneck_loss")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class TrainConfig:
         learning_rate: of AdamW, at its peak; linear warm-up over the first 5 %, then a cosine to zero.
         weight_decay: of AdamW.
         seed: of the initialisation, the order of the data and every draw in training.
+        dtype: "float32" or "float64", of the model; the initial weights are those of float32 in both.
     """
 
     steps: int = 1000
@@ -38,6 +40,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     seed: int = 0
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -45,6 +48,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.learning_rate <= 0 or self.weight_decay < 0:
             raise ValueError("learning_rate must be positive and weight_decay at least 0")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(map(repr, DTYPES))}")
 
 
 class Trainer:
@@ -84,7 +89,7 @@ class Trainer:
         self._order = (-1, torch.empty(0))
         with torch.random.fork_rng(devices=self._cuda_devices()):
             torch.manual_seed(config.seed)
-            self.model = LatentActionModel(model_config).to(self.device)
+            self.model = LatentActionModel(model_config).to(self.device, DTYPES[config.dtype])
             self._rng = self._rng_state()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, eps=ADAM_EPS

@@ -68,8 +68,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused(moving_square, tmp_path):
         trainer(moving_square).load(path)
 
 
-def test_stock_and_fused_training_coincide(moving_square):
-    runs = {name: trainer(moving_square, kind) for name, kind in (("stock", "stock-vq"), ("fused", "vq"))}
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_stock_and_fused_training_coincide(moving_square, dtype):
+    kinds = {"stock": "stock-vq", "fused": "vq"}
+    runs = {name: trainer(moving_square, kind, replace(TRAINING, dtype=dtype)) for name, kind in kinds.items()}
+    assert runs["fused"].model.bottleneck.codebook.dtype == getattr(torch, dtype)
     states = [run.model.state_dict() for run in runs.values()]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
