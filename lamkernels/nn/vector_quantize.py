@@ -1,4 +1,4 @@
-"""Modules over the fused functions."""
+"""``VectorQuantize``: the VQ bottleneck as a module."""
 
 from __future__ import annotations
 
