@@ -14,7 +14,7 @@ from lamkernels.validation import BACKENDS
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can run here; ``reason`` says why not, or on which devices it runs."""
+    """Whether a backend is ``available`` here; ``reason`` says why not, or on which devices it runs."""
 
     available: bool
     reason: str

@@ -18,11 +18,13 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_option(name: str, value: str, allowed: Sequence[str]) -> None:
+    """The value is one of the allowed ones, else ValueError."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
 
 
 def check_float(name: str, tensor: Tensor) -> None:
+    """A tensor (..., D) of a supported floating dtype, else TypeError or ValueError."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
     if tensor.dtype not in FLOATS:
@@ -32,6 +34,7 @@ def check_float(name: str, tensor: Tensor) -> None:
 
 
 def check_indices(indices: Tensor) -> None:
+    """An int64 tensor, else TypeError."""
     if not isinstance(indices, Tensor):
         raise TypeError(f"indices is a {type(indices).__name__}; it must be a torch.Tensor")
     if indices.dtype != torch.int64:
@@ -39,6 +42,7 @@ def check_indices(indices: Tensor) -> None:
 
 
 def check_codebook(codebook: Tensor) -> None:
+    """(K, D) or (H, K, D), neither K nor D zero, else ValueError."""
     if codebook.ndim not in (2, 3) or codebook.shape[-1] < 1 or codebook.shape[-2] < 1:
         raise ValueError(
             f"codebook has shape {tuple(codebook.shape)}; it must be (K, D) or (H, K, D) with K and D at least 1"
@@ -46,6 +50,7 @@ def check_codebook(codebook: Tensor) -> None:
 
 
 def check_mask(mask: Tensor, x: Tensor) -> None:
+    """A bool tensor of the leading shape and on the device of x, else TypeError or ValueError."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask is a {type(mask).__name__}; it must be a torch.Tensor")
     if mask.dtype != torch.bool:
@@ -59,6 +64,7 @@ def check_mask(mask: Tensor, x: Tensor) -> None:
 
 
 def check_tensors(x: Tensor, codebook: Tensor) -> None:
+    """x and codebook fit each other in shape, dtype and device, else TypeError or ValueError."""
     check_float("x", x)
     check_float("codebook", codebook)
     check_codebook(codebook)

@@ -149,7 +149,7 @@ def test_cosine_codebook_stays_useful(backend):
 
 
 def test_two_processes_with_an_ema_codebook_are_refused(monkeypatch):
-    monkeypatch.setattr("lamkernels.nn._world_size", lambda: 2)
+    monkeypatch.setattr("lamkernels.nn.vector_quantize._world_size", lambda: 2)
     vq = lk.VectorQuantize(4, 6)
     with pytest.raises(NotImplementedError, match="does not synchronise"):
         vq(torch.randn(3, 4))
