@@ -12,7 +12,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -20,7 +20,12 @@ from numba.extending import intrinsic
 
 
 def _vector_bits() -> int:
-    features = llvm.get_host_cpu_features()
+    """The widest vectors that Numba compiles for: of the host, or of NUMBA_CPU_FEATURES where that is set."""
+    named = config.CPU_FEATURES
+    if named is None:
+        features = llvm.get_host_cpu_features()
+    else:
+        features = {feature[1:]: feature[0] == "+" for feature in named.split(",") if feature}
     return 512 if features.get("avx512f") else 256 if features.get("avx2") else 128
 
 
@@ -197,11 +202,13 @@ def pack(
     out: Any,
     step: Any,
     bad: Any,
+    square: Any,
 ) -> Any:
     """Loads one vector of rows transposed, centres it, and marks rows that the fast path must not decide.
 
     x: pointer to the rows, ``stride`` elements apart; rows ``row``, ``row + 1``, ... are read, none past ``last``.
-    out[d * step + lane] = x[row + lane, d] − mean[d]; bad[lane] = 1 where an entry is NaN or not below ``limit``.
+    out[d * step + lane] = x[row + lane, d] − mean[d]; bad[lane] = 1 where an entry is NaN or not below ``limit``;
+    square[lane] is the sum of the squares of the row's out.
     """
     storage, computed = x.dtype, out.dtype
     kind, width = _real(computed), lanes(computed.name)
@@ -209,7 +216,7 @@ def pack(
     vector = ir.VectorType(kind, width)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        x, stride, row, last, dim, mean, limit, out, step, bad = args
+        x, stride, row, last, dim, mean, limit, out, step, bad, square = args
         x = builder.bitcast(x, stored.as_pointer())
         limits = _splat(builder, limit, width)
         magnitude = cgutils.get_or_insert_function(
@@ -224,6 +231,7 @@ def pack(
             stride, ir.Constant(I64, VECTORS * width)
         )  # the rows of the next tile, which need not exist
         marks = cgutils.alloca_once_value(builder, ir.Constant(ir.VectorType(ir.IntType(1), width), None))
+        squares = cgutils.alloca_once_value(builder, ir.Constant(vector, None))
         pointers = []
         for lane in range(width):
             index = builder.add(row, ir.Constant(I64, lane))
@@ -234,6 +242,8 @@ def pack(
             centred = builder.fsub(column, _splat(builder, builder.load(builder.gep(mean, [d])), width))
             huge = builder.fcmp_unordered(">=", builder.call(magnitude, [centred]), limits)
             builder.store(builder.or_(builder.load(marks), huge), marks)
+            product = builder.fmul(centred, centred, flags=("contract",))
+            builder.store(builder.fadd(product, builder.load(squares), flags=("contract",)), squares)
             _store(builder, centred, builder.gep(out, [builder.mul(d, step)]), itemsize)
 
         whole = builder.and_(dim, ir.Constant(I64, -width))
@@ -252,10 +262,11 @@ def pack(
                 column = builder.insert_element(column, builder.load(builder.gep(p, [d])), ir.Constant(I32, lane))
             emit(d, _widen(builder, column, storage))
         _store(builder, builder.zext(builder.load(marks), ir.VectorType(ir.IntType(8), width)), bad, 1)
+        _store(builder, builder.load(squares), square, itemsize)
         return context.get_dummy_value()
 
-    signature = types.void(x, types.int64, types.int64, types.int64, types.int64, mean, computed, out, types.int64, bad)
-    return signature, codegen
+    i64 = types.int64
+    return types.void(x, i64, i64, i64, i64, mean, computed, out, i64, bad, square), codegen
 
 
 @intrinsic
@@ -266,13 +277,24 @@ def micro(typingctx: Any, t: Any, c: Any, half_norm: Any, dim: Any, code: Any, b
     best[row], index[row]: the least score so far and its code; a tie keeps the earlier one. ``code`` is the index
     of the first code of the tile.
     """
-    computed = t.dtype
+    return types.void(t, c, half_norm, types.int64, types.int64, best, index), _micro(t.dtype)
+
+
+@intrinsic
+def micro_runner_up(
+    typingctx: Any, t: Any, c: Any, half_norm: Any, dim: Any, code: Any, best: Any, index: Any, second: Any
+) -> Any:
+    """:func:`micro` that also keeps second[row], the second least score so far."""
+    return types.void(t, c, half_norm, types.int64, types.int64, best, index, second), _micro(t.dtype)
+
+
+def _micro(computed: Any) -> Any:
     kind, width, itemsize = _real(computed), lanes(computed.name), computed.bitwidth // 8
     vector = ir.VectorType(kind, width)
     integer = ir.VectorType(I32, width)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        t, c, half_norm, dim, code, best, index = args
+        t, c, half_norm, dim, code, best, index, *runner_up = args
         before = builder.block
         loop, done = builder.append_basic_block("products"), builder.append_basic_block("minimum")
         builder.branch(loop)
@@ -310,14 +332,99 @@ def micro(typingctx: Any, t: Any, c: Any, half_norm: Any, dim: Any, code: Any, b
         for r in range(VECTORS):
             best_at, index_at = (builder.gep(p, [ir.Constant(I64, r * width)]) for p in (best, index))
             least, chosen = _load(builder, best_at, vector, itemsize), _load(builder, index_at, integer, 4)
+            second_at = [builder.gep(p, [ir.Constant(I64, r * width)]) for p in runner_up]
+            second = [_load(builder, p, vector, itemsize) for p in second_at]
             for j in range(TILE):
                 score = builder.fadd(sums[j * VECTORS + r], norms[j])
                 less = builder.fcmp_ordered("<", score, least)
+                for i, value in enumerate(second):  # the larger of score and least, if it is smaller than the second
+                    larger = builder.select(less, least, score)
+                    second[i] = builder.select(builder.fcmp_ordered("<", larger, value), larger, value)
                 least = builder.select(less, score, least)
                 number = builder.add(code, ir.Constant(integer.element, j))
                 chosen = builder.select(less, _splat(builder, number, width), chosen)
             _store(builder, least, best_at, itemsize)
             _store(builder, chosen, index_at, 4)
+            for value, p in zip(second, second_at, strict=True):
+                _store(builder, value, p, itemsize)
         return context.get_dummy_value()
 
-    return types.void(t, c, half_norm, types.int64, types.int64, best, index), codegen
+    return codegen
+
+
+@intrinsic
+def quantize_rows(
+    typingctx: Any,
+    x: Any,
+    stride: Any,
+    indices: Any,
+    rows: Any,
+    dim: Any,
+    codes: Any,
+    stored_codes: Any,
+    quantized: Any,
+    sums: Any,
+    counts: Any,
+    loss: Any,
+    summing: Any,
+) -> Any:
+    """Output, loss and statistics of a block of rows whose codes are known; rows of index −1 are passed over.
+
+    x: pointer to the first of ``rows`` rows, ``stride`` elements apart; indices: their int64 codes; codes (K, D) in the
+    computed type and stored_codes (K, D) in that of x. Writes quantized (rows, D), adds the residuals to sums (K, D)
+    and the rows to counts (K,), if ``summing``, and the squared residuals to loss[0], in vectors of the computed
+    type inside a block and in float64 between blocks. Returns how many rows were in.
+    """
+    storage, computed = x.dtype, codes.dtype
+    kind, width, itemsize = _real(computed), lanes(computed.name), computed.bitwidth // 8
+    stored = _stored(storage)
+    vector, stored_vector = ir.VectorType(kind, width), ir.VectorType(stored, width)
+    stored_size = storage.bitwidth // 8
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        x, stride, indices, rows, dim, codes, stored_codes, quantized, sums, counts, loss, summing = args
+        x, stored_codes, quantized = (builder.bitcast(p, stored.as_pointer()) for p in (x, stored_codes, quantized))
+        squares = cgutils.alloca_once_value(builder, ir.Constant(vector, None))
+        tail_squares = cgutils.alloca_once_value(builder, ir.Constant(kind, 0.0))
+        inside = cgutils.alloca_once_value(builder, ir.Constant(I64, 0))
+        zero, one = ir.Constant(I64, 0), ir.Constant(I64, 1)
+        whole = builder.and_(dim, ir.Constant(I64, -width))
+
+        def entries(d: ir.Value, row: ir.Value, offset: ir.Value, to: ir.Value, squares: ir.Value, wide: bool) -> None:
+            """``width`` entries of a row from d on, or one."""
+            as_stored, as_computed = (stored_vector, vector) if wide else (stored, kind)
+            at_code = builder.add(offset, d)
+            copied = _load(builder, builder.gep(stored_codes, [at_code]), as_stored, stored_size)
+            _store(builder, copied, builder.gep(to, [d]), stored_size)
+            entry = _widen(builder, _load(builder, builder.gep(row, [d]), as_stored, stored_size), storage)
+            code = _load(builder, builder.gep(codes, [at_code]), as_computed, itemsize)
+            residual = builder.fsub(entry, code)
+            product = builder.fmul(residual, residual, flags=("contract",))
+            builder.store(builder.fadd(product, builder.load(squares), flags=("contract",)), squares)
+            with builder.if_then(summing):
+                at_sum = builder.gep(sums, [at_code])
+                _store(builder, builder.fadd(_load(builder, at_sum, as_computed, itemsize), residual), at_sum, itemsize)
+
+        with cgutils.for_range_slice(builder, zero, rows, one) as (n, _):
+            k = builder.load(builder.gep(indices, [n]))
+            with builder.if_then(builder.icmp_signed(">=", k, zero), likely=True):
+                builder.store(builder.add(builder.load(inside), one), inside)
+                with builder.if_then(summing):
+                    count = builder.gep(counts, [k])
+                    builder.store(builder.add(builder.load(count), one), count)
+                row, to = builder.gep(x, [builder.mul(n, stride)]), builder.gep(quantized, [builder.mul(n, dim)])
+                offset = builder.mul(k, dim)
+                with cgutils.for_range_slice(builder, zero, whole, ir.Constant(I64, width)) as (d, _):
+                    entries(d, row, offset, to, squares, True)
+                with cgutils.for_range_slice(builder, whole, dim, one) as (d, _):
+                    entries(d, row, offset, to, tail_squares, False)
+        total = builder.fpext(builder.load(tail_squares), ir.DoubleType()) if itemsize == 4 else builder.load(tail_squares)
+        lanes_of_squares = builder.load(squares)
+        for lane in range(width):
+            part = builder.extract_element(lanes_of_squares, ir.Constant(I32, lane))
+            total = builder.fadd(total, builder.fpext(part, ir.DoubleType()) if itemsize == 4 else part)
+        builder.store(builder.fadd(builder.load(loss), total), loss)
+        return builder.load(inside)
+
+    i64 = types.int64
+    return i64(x, i64, indices, i64, i64, codes, stored_codes, quantized, sums, counts, loss, types.boolean), codegen

@@ -2,7 +2,8 @@
 
 The fast path computes ½‖c−μ‖² − (x−μ)·(c−μ), less the least norm, in fp32 (fp64 for fp64 rows). Rows that it must not
 decide, because an entry is not finite or so large that a product could overflow, are marked while they are packed and
-scanned in fp64.
+scanned in fp64. ``precision="exact"`` keeps the second least score as well: where its distance from the least is more
+than rounding can make, the fast path has found the minimum, and elsewhere the row is scanned in fp64.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lamkernels.ops.simd import (
     at,
     fetch_add,
     micro,
+    micro_runner_up,
     pack,
     view,
     widen,
@@ -51,7 +53,8 @@ class Codes(NamedTuple):
     """One codebook as :func:`prepare` leaves it, in the type the scores are computed in."""
 
     mean: Any  # [D]
-    limit: Any  # [1]
+    limit: Any  # [1], the entry of a row from which on fp64 decides it
+    radius: Any  # [1], max‖c−μ‖
     half_norm: Any  # [K padded]
     finite: Any  # [K padded], 1 or 0
     packed: Any  # [K padded / TILE, D, TILE]
@@ -63,7 +66,7 @@ def prepare(codebook, euclidean, codes):
 
     μ is the mean of the finite codes, each entry rounded to a multiple of 2^⌈log2 rms⌉ of its column: 0 for ordinary
     codebooks, dyadic for data with an offset, so that exact ties of integer data stay exact. Without ``euclidean``,
-    μ and the norms are 0. ``limit`` is the entry from which on a row is left to the fp64 scan.
+    μ and the norms are 0.
     """
     num_codes, dim = codebook.shape
     count = 0
@@ -98,6 +101,7 @@ def prepare(codebook, euclidean, codes):
     codes.limit[0] = huge / (dim * max(largest, 1.0))
     if count == 0 or largest_norm > huge or 0.0 < largest < tiny:
         codes.limit[0] = 0.0  # no code, or norms that overflow or vanish: fp64 decides every row
+    codes.radius[0] = np.sqrt(largest_norm)
 
 
 @njit(**FLAGS)
@@ -159,27 +163,36 @@ def scan(x, stride, first, stop, last, codebook, codes, options, scratch, out):
     """Writes the nearest codes of the rows [first, stop), at most a block of them, to out[first:stop].
 
     x: the elements of one head; row n starts at n · stride, and none past ``last`` is read. options: (euclidean,
-    exact, panel). scratch: (packed rows, best, index, bad) of :func:`make_scratch`.
+    exact, panel). scratch: what :func:`make_scratch` makes.
     """
     euclidean, exact, panel = options
-    packed, best, index, bad = scratch
+    packed, best, second, square, index, bad = scratch
     dim, width = codebook.shape[1], BITS // (8 * best.itemsize)
     rows = VECTORS * width
-    tiles = 0 if exact else (stop - first + rows - 1) // rows
-    bad[: stop - first] = exact
+    tiles = (stop - first + rows - 1) // rows
     best[: tiles * rows] = np.inf
+    second[: tiles * rows] = np.inf
     index[: tiles * rows] = 0
     for i in range(tiles):
         for r in range(VECTORS):
             lane = i * rows + r * width
             to = at(packed, i * rows * dim + r * width)
-            pack(at(x, 0), stride, first + lane, last, dim, at(codes.mean, 0), codes.limit[0], to, rows, at(bad, lane))
+            pack(
+                at(x, 0), stride, first + lane, last, dim, at(codes.mean, 0), codes.limit[0],
+                to, rows, at(bad, lane), at(square, lane),
+            )  # fmt: skip
     for start in range(0, codes.finite.shape[0], panel):
         end = min(start + panel, codes.finite.shape[0])
         for i in range(tiles):
-            t, b, j = at(packed, i * rows * dim), at(best, i * rows), at(index, i * rows)
-            for k in range(start, end, TILE):
-                micro(t, at(codes.packed, k * dim), at(codes.half_norm, k), dim, k, b, j)
+            t, b, j, s = at(packed, i * rows * dim), at(best, i * rows), at(index, i * rows), at(second, i * rows)
+            if exact:
+                for k in range(start, end, TILE):
+                    micro_runner_up(t, at(codes.packed, k * dim), at(codes.half_norm, k), dim, k, b, j, s)
+            else:
+                for k in range(start, end, TILE):
+                    micro(t, at(codes.packed, k * dim), at(codes.half_norm, k), dim, k, b, j)
+    if exact:
+        _mark_undecided(best, second, square, stop - first, dim, codes.radius[0], bad)
     for n in range(stop - first):
         if bad[n]:
             at_row = (first + n) * stride
@@ -189,10 +202,35 @@ def scan(x, stride, first, stop, last, codebook, codes, options, scratch, out):
 
 
 @njit(**FLAGS)
+def _mark_undecided(best, second, square, rows, dim, radius, bad):
+    """Marks the rows whose two least scores may be in the wrong order.
+
+    With u half the machine epsilon, T = ‖x−μ‖ and C = max‖c−μ‖, a score is off by at most
+    u·((D + 4)·T·C + 3·C²): T·C from rounding x−μ, one from c−μ, D from the chain of products, one from the last
+    addition; C² from c−μ, and half of it from the norm and from the last addition. Norms are summed in fp64, so that
+    only for fp64 rows D/2·C² comes on top. 5 % cover the terms in u², the last term what underflows.
+    """
+    unit, norm_terms = (1.05 * 2.0**-53, dim) if best.itemsize == 8 else (1.05 * 2.0**-24, 0)
+    radius = np.float64(radius)
+    per_reach = 2 * unit * (dim + 4) * radius
+    least = 2 * (unit * (norm_terms + 3) * radius * radius + dim * 1e-37)
+    for n in range(rows):
+        gap = np.float64(second[n]) - np.float64(best[n])
+        bad[n] |= not gap > per_reach * np.sqrt(np.float64(square[n])) + least  # NaN is undecided too
+
+
+@njit(**FLAGS)
 def make_scratch(block, dim, codes):
-    """What :func:`scan` works in: one a thread, reused for all its blocks."""
+    """What :func:`scan` works in, one a thread: packed rows, least and second least score, ‖x−μ‖², index, bad."""
     dtype = codes.mean.dtype
-    return np.empty(block * dim, dtype), np.empty(block, dtype), np.empty(block, np.int32), np.empty(block, np.uint8)
+    return (
+        np.empty(block * dim, dtype),
+        np.empty(block, dtype),
+        np.empty(block, dtype),
+        np.empty(block, dtype),
+        np.empty(block, np.int32),
+        np.empty(block, np.uint8),
+    )
 
 
 # Every kernel gets one array of int64. It begins with what the lookup needs, in the order of `lookup_parameters`;
@@ -205,12 +243,13 @@ def codes_of_head(a, head, computed):
     """The codebook (K, D) of a head and its prepared form, from the parameters."""
     num_codes, dim, padded = a[9], a[10], a[11]
     codebook = carray(view(a[5], head * a[6], computed), (num_codes, dim))
-    size = dim + 1 + padded * (2 + dim)
+    size = dim + 2 + padded * (2 + dim)
     space = elements(a[7], head * size, size, computed)
-    at_norm = dim + 1
+    at_norm = dim + 2
     codes = Codes(
         space[:dim],
-        space[dim:at_norm],
+        space[dim : dim + 1],
+        space[dim + 1 : at_norm],
         space[at_norm : at_norm + padded],
         space[at_norm + padded : at_norm + 2 * padded],
         space[at_norm + 2 * padded :],
@@ -322,7 +361,7 @@ def prepare_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out
         x: (H, N, D).
         codebook: (H, K, D).
         metric: "l2" or "dot".
-        precision: "exact" sends every row to the fp64 scan; "fast" is "default" here.
+        precision: "exact" scans the rows that fp32 cannot decide in fp64; "fast" is "default" here.
         out: (H, N) int64, contiguous: where the indices go.
     """
     (heads, rows, dim), num_codes = x.shape, codebook.shape[1]
@@ -340,7 +379,7 @@ def prepare_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out
     # where the codes do not fit in a panel, more rows share each
     block_bytes = BLOCK_BYTES if panel >= padded else ROW_BYTES
     block = min(chunk, max(1, block_bytes // (dim * itemsize * tile_rows)) * tile_rows)
-    workspace = torch.empty(heads, dim + 1 + padded * (2 + dim), dtype=computed)
+    workspace = torch.empty(heads, dim + 2 + padded * (2 + dim), dtype=computed)
     parameters = [
         x.data_ptr(),
         x.stride(0),

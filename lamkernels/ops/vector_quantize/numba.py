@@ -30,7 +30,7 @@ from lamkernels.ops.nearest_code.numba import (
     scan,
 )
 from lamkernels.ops.parallel import launch
-from lamkernels.ops.simd import fetch_add, narrow, widen
+from lamkernels.ops.simd import at, fetch_add, narrow, quantize_rows, widen
 
 # The parameters behind those of the lookup: 0 quantized (H, N, D), 1 codebook in x.dtype, 2 its head stride, 3 mask or
 # 0, 4 [NaN, 0] in x.dtype, 5 partial residual sums (tasks, K, D) or 0, 6 partial counts (tasks, K), 7 partial loss and
@@ -45,7 +45,7 @@ def _quantize_chunks(p, stored, computed):
     chunks = (rows + chunk - 1) // chunk
     fill = elements(a[LOOKUP + 4], 0, 2, stored)
     _, codes = codes_of_head(a, 0, computed)
-    scratch = make_scratch(block, dim, codes)
+    scratch, loss = make_scratch(block, dim, codes), np.zeros(1)
     while True:
         task = fetch_add(a, 0)
         if task >= chunks * a[18]:
@@ -63,51 +63,26 @@ def _quantize_chunks(p, stored, computed):
         if summing:
             sums[:] = 0.0
             counts[:] = 0
-        loss, inside = 0.0, 0
+        loss[0], inside = 0.0, 0
         options = a[12] != 0, a[13] != 0, a[14]
         for start in range(first, min(first + chunk, rows), block):
             stop = min(start + block, first + chunk, rows)
             scan(x, stride, start, stop, rows - 1, codebook, codes, options, scratch, out)
             for n in range(start, stop):
-                k = out[n]
                 if masked and mask[n] == 0:
                     out[n] = -1
                     quantized[n * dim : (n + 1) * dim] = fill[1]
-                elif k < 0:
+                elif out[n] < 0:
                     quantized[n * dim : (n + 1) * dim] = fill[0]
-                else:
-                    inside += 1
-                    row = x[n * stride : n * stride + dim]
-                    quantized[n * dim : (n + 1) * dim] = stored_codes[k * dim : (k + 1) * dim]
-                    if summing:
-                        counts[k] += 1
-                        loss += _add_residual(row, codebook[k], sums[k * dim : (k + 1) * dim])
-                    else:
-                        loss += _squared_residual(row, codebook[k])
+            inside += quantize_rows(
+                at(x, start * stride), stride, at(out, start), stop - start, dim, at(codebook, 0),
+                at(stored_codes, 0), at(quantized, start * dim), at(sums, 0), at(counts, 0), at(loss, 0), summing,
+            )  # fmt: skip
         part = elements(a[LOOKUP + 7], task * 2, 2, np.float64(0))
-        part[0], part[1] = loss, inside
+        part[0], part[1] = loss[0], inside
         if fetch_add(a, 1) == chunks * a[18] - 1:
             for h in range(a[18]):
                 _finish(a, h, chunks, computed)
-
-
-@njit(**FLAGS)
-def _add_residual(row, code, sums):
-    total = code[0] * 0
-    for d in range(code.shape[0]):
-        residual = widen(row[d]) - code[d]
-        sums[d] += residual
-        total += residual * residual
-    return total
-
-
-@njit(**FLAGS)
-def _squared_residual(row, code):
-    total = code[0] * 0
-    for d in range(code.shape[0]):
-        residual = widen(row[d]) - code[d]
-        total += residual * residual
-    return total
 
 
 @njit(**FLAGS)
