@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, cast, overload
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lamkernels.ops.code_statistics.op import code_statistics as _code_statistics
+from lamkernels.ops.constants import COSINE_EPS
 from lamkernels.ops.nearest_code.op import nearest_code as _nearest_code
 from lamkernels.ops.vector_quantize.op import vector_quantize as _vector_quantize
 from lamkernels.validation import (
@@ -27,8 +29,6 @@ from lamkernels.validation import (
     check_option,
     check_tensors,
 )
-
-COSINE_EPS = 1e-12
 
 
 class VQOutput(NamedTuple):
@@ -117,7 +117,11 @@ def nearest_code(
     rows, codes, score = _canonical(x.detach(), codebook.detach(), metric, precision)
     indices, distance = _nearest_code(rows, codes, score, precision, return_distance, backend)
     indices = cast(Tensor, indices.reshape(leading))
-    return (indices, distance.reshape(leading)) if return_distance else indices
+    if not return_distance:
+        return indices
+    if score != metric and x.dtype != torch.float64:  # an exact cosine was computed in fp64
+        distance = distance.float()
+    return indices, cast(Tensor, distance.reshape(leading))
 
 
 def vector_quantize(
@@ -142,10 +146,14 @@ def vector_quantize(
     Args:
         x: (..., D), or (H, ..., D) with a codebook per head; float32, float16, bfloat16 or float64, any strides.
         codebook: (K, D) or (H, K, D), in the dtype of x, or float32 with float16 and bfloat16 x.
-        gradient: "ste", or "none": ``quantized`` has no gradient. "rotation" and "noise" are not there yet.
+        gradient: how the gradient g of ``quantized`` goes on. "ste": to x, unchanged. "rotation" (Fifty et al. 2024):
+            to x, turned and scaled back as x was onto its code, s(g − 2(g·w)w + 2(g·q̂)u) with u = x/‖x‖, q̂ = q/‖q‖,
+            w = (u + q̂)/‖u + q̂‖, s = ‖q‖/‖x‖; norms are clamped at 1e-6. "noise" (NSVQ, Vali and Bäckström 2022):
+            ``quantized`` is x + (r/‖v‖ + 1e-12) v with r = ‖x − q‖ and noise v, and with a = g·v/‖v‖ x gets
+            g + a(x − q)/r and its code −a(x − q)/r, 0 where r or ‖v‖ is 0. "none": nowhere.
         mask: (...,) bool, False for a row to leave out; None means that all rows are in.
-        noise: for gradient="noise" only.
-        generator: for gradient="noise" only.
+        noise: v for gradient="noise", in the shape of x; None draws it from N(0, 1).
+        generator: to draw it from; None is torch's.
         metric: as for :func:`nearest_code`. With "cosine", ``quantized`` is the normalised code and the losses compare
             it with the normalised x.
         precision: as for :func:`nearest_code`.
@@ -157,24 +165,31 @@ def vector_quantize(
     Raises:
         TypeError: x, codebook or mask is not a tensor of a supported dtype.
         ValueError: a shape, device or option does not fit; the message names it and what is allowed.
-        NotImplementedError: gradient is "rotation" or "noise".
         RuntimeError: the backend asked for cannot run here.
     """
     check_tensors(x, codebook)
+    _refuse_tangents(x, codebook)
     check_option("gradient", gradient, GRADIENTS)
     check_option("metric", metric, METRICS)
     check_option("precision", precision, PRECISIONS)
     check_option("backend", backend, BACKENDS)
-    if gradient in ("rotation", "noise"):
-        raise NotImplementedError(f"gradient={gradient!r} is not implemented yet; use 'ste' or 'none'")
-    if noise is not None or generator is not None:
+    if gradient == "noise":
+        noise = _noise(x, noise, generator)
+    elif noise is not None or generator is not None:
         raise ValueError(f"noise and generator are for gradient='noise'; gradient is {gradient!r}")
     if mask is not None:
         check_mask(mask, x)
     leading = x.shape[:-1]
     rows, codes, score = _canonical(x, codebook, metric, precision)
-    quantized, indices, commitment, codebook_loss, counts, sums, _, num_rows = _vector_quantize(
-        rows, codes, None if mask is None else mask.reshape(rows.shape[:-1]), score, precision, backend
+    quantized, indices, commitment, codebook_loss, counts, sums, _, num_rows, _ = _vector_quantize(
+        rows,
+        codes,
+        None if mask is None else mask.reshape(rows.shape[:-1]),
+        None if noise is None else noise.to(rows.dtype).reshape(rows.shape),
+        score,
+        precision,
+        gradient,
+        backend,
     )
     if gradient == "none":
         quantized = quantized.detach()
@@ -183,6 +198,8 @@ def vector_quantize(
     else:  # the mean over all rows that are in, whichever head they belong to
         weight = num_rows / num_rows.sum().clamp(min=1)
         commitment, codebook_loss = (commitment * weight).sum(), (codebook_loss * weight).sum()
+    if score != metric and x.dtype != torch.float64:  # an exact cosine was computed in fp64
+        commitment, codebook_loss, sums = (t.float() for t in (commitment, codebook_loss, sums))
     return VQOutput(
         quantized.reshape(x.shape).to(x.dtype), indices.reshape(leading), commitment, codebook_loss, counts, sums
     )
@@ -209,6 +226,7 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: Back
         RuntimeError: the backend asked for cannot run here.
     """
     check_float("x", x)
+    _refuse_tangents(x)
     check_indices(indices)
     check_option("backend", backend, BACKENDS)
     if x.shape[:-1] != indices.shape:
@@ -265,13 +283,44 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
     return codes.masked_fill((indices < 0)[..., None], torch.nan)
 
 
+def _noise(x: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    if noise is None:
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    if generator is not None:
+        raise ValueError("noise and generator are both given; one of them must be None")
+    check_float("noise", noise)
+    if noise.shape != x.shape or noise.device != x.device:
+        raise ValueError(
+            f"noise is {tuple(noise.shape)} on {noise.device}; it must be {tuple(x.shape)} on {x.device}, as x is"
+        )
+    return noise.detach()
+
+
 def _canonical(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tensor, Tensor, str]:
-    """x (..., D) and codebook as the operators take them: (H, N, D) and (H, K, D); the cosine becomes a dot product."""
+    """x (..., D) and codebook as the operators take them: (H, N, D) and (H, K, D), for the cosine normalised codes.
+
+    An exact cosine compares products of vectors that are normalised in fp64: a dot product of fp64 rows.
+    """
     if metric == "cosine":
-        wide = torch.float64 if precision == "exact" or x.dtype == torch.float64 else torch.float32
-        x, codebook = (F.normalize(t.to(wide), dim=-1, eps=COSINE_EPS) for t in (x, codebook))
-        metric = "dot"
+        exact = precision == "exact" or x.dtype == torch.float64
+        codebook = _unit(codebook).to(torch.float64 if exact else torch.float32)
+        if exact:
+            x, metric = _unit(x), "dot"
     dim = codebook.shape[-1]
     if codebook.ndim == 2:
         return x.reshape(1, -1, dim), codebook.unsqueeze(0), metric
     return x.reshape(codebook.shape[0], x.shape[1:-1].numel(), dim), codebook, metric
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """(..., D) normalised in fp64. One that is not finite becomes NaN, without a gradient."""
+    finite = vectors.isfinite().all(-1, keepdim=True)
+    safe = torch.where(finite, vectors, 0.0).double()
+    return torch.where(finite, F.normalize(safe, dim=-1, eps=COSINE_EPS), torch.nan)
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """Operators without a forward-mode rule would return a tangent of zero without a word."""
+    unpack: Any = forward_ad.unpack_dual
+    if forward_ad._current_level >= 0 and any(unpack(t).tangent is not None for t in tensors):
+        raise NotImplementedError("forward-mode differentiation (jvp, jacfwd) is not supported; use reverse mode")

@@ -41,6 +41,8 @@ class Tile(NamedTuple):
         return {**options, "maxnreg": self.registers} if self.registers else options
 
 
+ROWS_PER_SUM = 4096  # rows whose residuals a program adds in fp32 before the parts are merged in fp64
+
 PLAIN = Tile(0, 0, 0, 4, 1)  # compiler options of the small kernels with tiles of their own
 
 

@@ -12,8 +12,8 @@ OPS = torch.ops.lamkernels
 UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-def quantize(x, codebook, backend):
-    out = lk.vector_quantize(x, codebook, backend=backend)
+def quantize(x, codebook, backend, **options):
+    out = lk.vector_quantize(x, codebook, backend=backend, **options)
     return out.quantized.float().square().mean() + out.commitment_loss + out.codebook_loss, out
 
 
@@ -24,19 +24,21 @@ def test_opcheck(backend, dtype):
     mask = torch.rand(2, 30) < 0.5
     indices = torch.randint(-1, 5, (2, 30))
     residual_sums, rows, grad = torch.randn(2, 5, 4), torch.tensor([30, 30]), torch.randn(2)
+    saved = (x.detach(), x.detach(), indices, residual_sums, rows)
     for operator, arguments in (
         (OPS.nearest_code, (x.detach(), codebook.detach(), "l2", "default", True, backend)),
         (OPS.nearest_code, (x.detach(), codebook.detach(), "dot", "exact", False, backend)),
-        (OPS.vector_quantize, (x, codebook, None, "l2", "default", backend)),
-        (OPS.vector_quantize, (x, codebook, mask, "dot", "default", backend)),
+        (OPS.vector_quantize, (x, codebook, None, None, "l2", "default", "ste", backend)),
+        (OPS.vector_quantize, (x, codebook, mask, None, "dot", "default", "rotation", backend)),
+        (OPS.vector_quantize, (x, codebook, mask, torch.randn_like(x), "cosine", "default", "noise", backend)),
         (OPS.code_statistics, (x, indices, 5, backend)),
         (
             OPS.vector_quantize_backward,
-            (x.detach(), x.detach(), indices, residual_sums, rows, x.detach(), grad, grad, backend),
+            (*saved, x.detach(), x.detach(), grad, grad, "cosine", "noise", backend),
         ),
         (
             OPS.vector_quantize_backward,
-            (x.detach(), x.detach(), indices, residual_sums, rows, None, grad, grad, backend),
+            (*saved, None, None, grad, grad, "l2", "ste", backend),
         ),
     ):
         # opcheck adds the outputs up in their order, which fails where an integer comes before a float with a
@@ -45,15 +47,18 @@ def test_opcheck(backend, dtype):
         torch.library.opcheck(operator, arguments, test_utils=[name for name in UTILITIES if name not in skipped])
 
 
-def test_compiled_equals_eager_without_a_graph_break(backend):
+@pytest.mark.parametrize("options", [{}, {"gradient": "rotation", "metric": "cosine"}, {"gradient": "noise"}], ids=str)
+def test_compiled_equals_eager_without_a_graph_break(backend, options):
+    torch.compiler.reset()  # one function, compiled anew for each set of options
     compiled = torch.compile(quantize, fullgraph=True, dynamic=True)
     for rows in (16, 33, 7):
         for dtype in (torch.float32, torch.bfloat16):
             x, codebook = torch.randn(rows, 3, 8).to(dtype), torch.randn(6, 8)
+            noise = {"noise": torch.randn_like(x)} if options.get("gradient") == "noise" else {}
             results = []
             for function in (quantize, compiled):
                 leaf, codes = x.clone().requires_grad_(), codebook.clone().requires_grad_()
-                loss, out = function(leaf, codes, backend)
+                loss, out = function(leaf, codes, backend, **options, **noise)
                 loss.backward()
                 results.append((loss, *out, leaf.grad, codes.grad))
             for eager, graph in zip(*results, strict=True):
@@ -125,13 +130,15 @@ def test_vmap_over_rows_codebooks_and_both(backend):
                 torch.testing.assert_close(many[i], one)
 
 
-def test_vmap_has_gradients(backend):
+@pytest.mark.parametrize("gradient", ["ste", "rotation", "noise"])
+def test_vmap_has_gradients(backend, gradient):
     x, codebook = torch.randn(3, 20, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
-    losses = torch.vmap(lambda rows: quantize(rows, codebook, backend)[0])(x)
+    options = {"gradient": gradient} | ({"noise": torch.randn(20, 8)} if gradient == "noise" else {})
+    losses = torch.vmap(lambda rows: quantize(rows, codebook, backend, **options)[0])(x)
     losses.sum().backward()
     batched = x.grad, codebook.grad
     x.grad = codebook.grad = None
-    sum(quantize(rows, codebook, backend)[0] for rows in x).backward()
+    sum(quantize(rows, codebook, backend, **options)[0] for rows in x).backward()
     torch.testing.assert_close(batched, (x.grad, codebook.grad))
 
 

@@ -114,12 +114,17 @@ def lookup(codes: int, dim: int, dtype: torch.dtype, precision: str = "default",
     nearest.nearest_code(meta(1, rows, dim, dtype=dtype), meta(1, codes, dim, dtype=dtype), "l2", precision, True)
 
 
-def quantise(codes: int, dim: int, dtype: torch.dtype, rows: int = 10**6) -> None:
+def quantise(
+    codes: int, dim: int, dtype: torch.dtype, rows: int = 10**6, metric: str = "l2", gradient: str = "ste"
+) -> None:
     """Forward with a mask, and backward."""
     x, codebook = meta(1, rows, dim, dtype=dtype), meta(1, codes, dim, dtype=dtype)
     mask = meta(1, rows, dtype=torch.bool)
-    quantized, indices, loss, _, _, _, sums, num_rows = quantize.vector_quantize(x, codebook, mask, "l2", "default")
-    quantize.vector_quantize_backward(x, quantized, indices, sums, num_rows, quantized, loss, loss)
+    noise = meta(1, rows, dim, dtype=dtype) if gradient == "noise" else None
+    out = quantize.vector_quantize(x, codebook, mask, noise, metric, "default", gradient)
+    quantized, indices, loss, _, _, _, sums, num_rows, _ = out
+    arguments = (x, quantized, indices, sums, num_rows, noise, quantized, loss, loss, metric, gradient)
+    quantize.vector_quantize_backward(*arguments)
 
 
 def count(codes: int, dim: int, dtype: torch.dtype) -> None:
@@ -129,6 +134,8 @@ def count(codes: int, dim: int, dtype: torch.dtype) -> None:
 SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 SHORT: dict[str, Any] = {  # what a change is most likely to break
     "quantise 16 x 128": lambda: quantise(16, 128, SINGLE),
+    "rotate 64 x 64": lambda: quantise(64, 64, SINGLE, gradient="rotation"),
+    "substitute 8 x 32, cosine": lambda: quantise(8, 32, SINGLE, metric="cosine", gradient="noise"),
     "quantise 64 x 64": lambda: quantise(64, 64, SINGLE),
     "quantise 64 x 64, bf16": lambda: quantise(64, 64, HALF),
     "lookup 1024 x 64": lambda: lookup(1024, 64, SINGLE),
@@ -154,6 +161,12 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
     "statistics 1000 x 100": lambda: count(1000, 100, SINGLE),
     "lookup exact": lambda: lookup(64, 64, SINGLE, "exact"),
     "lookup fast": lambda: lookup(1024, 64, SINGLE, "fast"),
+    **{f"{g} 16 x 128, {m}": functools.partial(quantise, 16, 128, SINGLE, metric=m, gradient=g)
+       for g in ("ste", "rotation", "noise") for m in ("cosine", "dot")},
+    **{f"{g} 1024 x 300, cosine, bf16": functools.partial(quantise, 1024, 300, HALF, metric="cosine", gradient=g)
+       for g in ("rotation", "noise")},
+    "noise 64 x 128, cosine, bf16": lambda: quantise(64, 128, HALF, metric="cosine", gradient="noise"),
+    "rotate, fp64": lambda: quantise(64, 64, DOUBLE, gradient="rotation"),
     "quantise 1024 x 64": lambda: quantise(1024, 64, SINGLE),
     "quantise 1024 x 300, bf16": lambda: quantise(1024, 300, HALF),
     "quantise, fp64": lambda: quantise(64, 64, DOUBLE),

@@ -189,6 +189,138 @@ def test_cosine_compares_normalised_vectors(backend):
     torch.testing.assert_close(mine, (x.grad, codebook.grad))
 
 
+def rotated(x, q):
+    """The rotation trick in plain torch, for autograd (Fifty et al. 2024, section 4.2)."""
+    eps = 1e-6
+    norm, target = (t.norm(dim=-1, keepdim=True) for t in (x, q))
+    u, towards = (x / norm.clamp(min=eps)).detach(), (q / target.clamp(min=eps)).detach()
+    w = F.normalize(u + towards, dim=-1, eps=eps)
+    turned = x - 2 * (x * w).sum(-1, keepdim=True) * w + 2 * (x * u).sum(-1, keepdim=True) * towards
+    return turned * (target / norm.clamp(min=eps)).detach()
+
+
+def substituted(x, q, noise):
+    """NSVQ in plain torch, for autograd (Vali and Bäckström 2022)."""
+    length = (x - q).norm(dim=-1, keepdim=True)
+    return x + (length / noise.norm(dim=-1, keepdim=True) + 1e-12) * noise
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
+@pytest.mark.parametrize("gradient", ["ste", "rotation", "noise", "none"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (300, 8, 32), (123, 7, 5), (90, 300, 130)], ids=str)
+def test_every_gradient_under_every_metric(backend, shape, gradient, metric, dtype):
+    rows, codes, dim = shape
+    x = torch.randn(rows, dim).to(dtype).requires_grad_()
+    codebook = torch.randn(codes, dim).to(dtype).requires_grad_()
+    noise = torch.randn(rows, dim).to(dtype) if gradient == "noise" else None
+    mask = torch.rand(rows) < 0.8
+    out = lk.vector_quantize(x, codebook, gradient=gradient, metric=metric, noise=noise, mask=mask, backend=backend)
+    wide, wide_codebook = (t.detach().double().requires_grad_() for t in (x, codebook))
+    row, code = (F.normalize(t, dim=-1) if metric == "cosine" else t for t in (wide, wide_codebook))
+    q = code[out.indices.clamp(min=0)]
+    value = {
+        "ste": lambda: row + (q - row).detach(),
+        "rotation": lambda: rotated(row, q),
+        "noise": lambda: substituted(row, q, noise.double()),
+        "none": lambda: q.detach(),
+    }[gradient]()
+    half = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(dtype, 0.0)  # outputs are stored in dtype
+    unit = 1e-12 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(
+        out.quantized[mask].double(), value[mask].detach(), rtol=10 * unit + 3 * half, atol=10 * unit + 3 * half
+    )
+    assert out.quantized.dtype == dtype and (out.quantized[~mask] == 0).all()
+    assert out.quantized.requires_grad is (gradient != "none")
+    commitment, loss = (F.mse_loss(row[mask], q[mask].detach()), F.mse_loss(q[mask], row[mask].detach()))
+    torch.testing.assert_close(out.commitment_loss.double(), commitment.detach(), rtol=10 * unit + half, atol=unit)
+
+    grad = torch.randn(rows, dim).to(dtype)
+    mine, theirs = 3 * out.commitment_loss + 5 * out.codebook_loss, 3 * commitment + 5 * loss
+    if gradient != "none":
+        mine, theirs = mine + (out.quantized * grad).sum(), theirs + (value[mask] * grad[mask].double()).sum()
+    mine.backward()
+    theirs.backward()
+    for ours, exact in ((x.grad, wide.grad), (codebook.grad, wide_codebook.grad)):
+        # with noise, a half output is saved as its code: one rounding more in x − q, which r divides
+        scale = exact.abs().max().clamp(min=1)
+        torch.testing.assert_close(ours.double(), exact, rtol=20 * unit + 4 * half, atol=scale * (20 * unit + 4 * half))
+
+
+@pytest.mark.parametrize("gradient", ["rotation", "noise"])
+def test_rows_on_their_code_have_a_finite_gradient(backend, gradient):
+    codebook = torch.randn(5, 6, requires_grad=True)
+    x = codebook.detach()[[0, 3, 3]].clone()
+    x[1] = 0
+    codes = torch.cat([codebook, torch.zeros(1, 6)])
+    x.requires_grad_()
+    noise = torch.randn(3, 6)
+    noise[2] = 0
+    options = {"noise": noise} if gradient == "noise" else {}
+    out = lk.vector_quantize(x, codes, gradient=gradient, backend=backend, **options)
+    torch.testing.assert_close(out.quantized, codes[out.indices])
+    out.quantized.sum().backward()
+    assert x.grad.isfinite().all() and codebook.grad.isfinite().all()
+    if gradient == "noise":
+        assert torch.equal(x.grad, torch.ones_like(x)) and (codebook.grad == 0).all()
+    else:
+        torch.testing.assert_close(x.grad[0], torch.ones(6))
+
+
+def test_rotation_is_that_of_vector_quantize_pytorch(backend):
+    peer = pytest.importorskip("vector_quantize_pytorch.vector_quantize_pytorch")
+    x, codebook = torch.randn(200, 16, dtype=torch.float64, requires_grad=True), torch.randn(9, 16).double()
+    out = lk.vector_quantize(x, codebook, gradient="rotation", backend=backend)
+    grad = torch.randn(200, 16).double()
+    out.quantized.backward(grad)
+    mine, x.grad = x.grad, None
+    peer.rotate_to(x, codebook[out.indices]).backward(grad)
+    torch.testing.assert_close(mine, x.grad)
+
+
+def test_noise_comes_from_the_generator():
+    x, codebook = torch.randn(50, 8), torch.randn(4, 8)
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return lk.vector_quantize(x, codebook, gradient="noise", generator=generator).quantized
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    out = lk.vector_quantize(x, codebook, gradient="noise")
+    residual = (x - codebook[out.indices]).norm(dim=-1)
+    torch.testing.assert_close((out.quantized - x).norm(dim=-1), residual)
+
+
+def test_second_derivatives_are_refused():
+    x, codebook = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3)
+    out = lk.vector_quantize(x, codebook)
+    (grad,) = torch.autograd.grad(out.commitment_loss, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiate it twice"):
+        grad.sum().backward()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        lk.vector_quantize(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones(5, 3)), codebook)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e19, 1e30])
+def test_cosine_of_rows_of_any_size(backend, scale):
+    x, codebook = scale * torch.randn(200, 8), scale * torch.randn(12, 8)
+    x[3], x[5, 0], codebook[4, 1] = torch.nan, torch.inf, torch.nan
+    x.requires_grad_(), codebook.requires_grad_()
+    mask = torch.arange(200) != 7
+    with torch.no_grad():
+        x[7] = torch.nan
+    out = lk.vector_quantize(x, codebook, metric="cosine", mask=mask, backend=backend)
+    inside = mask & x.detach().isfinite().all(-1)
+    rows, codes = F.normalize(x.detach().double(), dim=-1), F.normalize(codebook.detach().double(), dim=-1)
+    products = (rows @ codes.nan_to_num(0.0).T)[inside]
+    products[:, 4] = -2
+    regret = products.amax(1) - products.gather(1, out.indices[inside][:, None])[:, 0]
+    assert (out.indices[~inside] == -1).all() and (regret <= 1e-6).all()
+    torch.testing.assert_close(out.commitment_loss.double(), (rows - codes[out.indices])[inside].square().mean())
+    (out.commitment_loss + out.codebook_loss + (out.quantized[inside] ** 2).sum()).backward()
+    assert x.grad.isfinite().all() and codebook.grad.isfinite().all() and (x.grad[~inside] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (500, 20, 37), (300, 2000, 17), (0, 3, 2)], ids=str)
 def test_code_statistics(backend, shape, dtype):

@@ -37,9 +37,9 @@ def more_hard_data() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def assert_quantized_like(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
-    """The eight outputs of vector_quantize: indices, outputs and counts equal, losses and sums to rounding."""
-    quantized, indices, commitment, codebook_loss, counts, sums, residual_sums, num_rows = range(8)
-    for i in (quantized, indices, counts, num_rows):
+    """The nine outputs of vector_quantize: indices, outputs and counts equal, losses and sums to rounding."""
+    quantized, indices, commitment, codebook_loss, counts, sums, residual_sums, num_rows, codes = range(9)
+    for i in (quantized, indices, counts, num_rows, codes):
         torch.testing.assert_close(got[i], want[i], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(got[commitment], got[codebook_loss])
     for i in (commitment, codebook_loss):

@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 def _vector_bits() -> int:
     """The widest vectors that Numba compiles for: of the host, or of NUMBA_CPU_FEATURES where that is set."""
-    named = config.CPU_FEATURES
+    named = config.CPU_FEATURES  # type: ignore[attr-defined]
     if named is None:
         features = llvm.get_host_cpu_features()
     else:
@@ -367,13 +367,14 @@ def quantize_rows(
     counts: Any,
     loss: Any,
     summing: Any,
+    scales: Any,
 ) -> Any:
     """Output, loss and statistics of a block of rows whose codes are known; rows of index −1 are passed over.
 
-    x: pointer to the first of ``rows`` rows, ``stride`` elements apart; indices: their int64 codes; codes (K, D) in the
-    computed type and stored_codes (K, D) in that of x. Writes quantized (rows, D), adds the residuals to sums (K, D)
-    and the rows to counts (K,), if ``summing``, and the squared residuals to loss[0], in vectors of the computed
-    type inside a block and in float64 between blocks. Returns how many rows were in.
+    x: pointer to the first of ``rows`` rows, ``stride`` elements apart; scales: what each is multiplied by; indices:
+    their int64 codes; codes (K, D) in the computed type, stored_codes (K, D) in that of x. Writes quantized (rows, D);
+    if ``summing``, adds the residuals to sums (K, D) and the rows to counts (K,). Adds the squared residuals to loss,
+    in vectors of the computed type inside a block and in float64 between blocks. Returns how many rows were in.
     """
     storage, computed = x.dtype, codes.dtype
     kind, width, itemsize = _real(computed), lanes(computed.name), computed.bitwidth // 8
@@ -382,7 +383,7 @@ def quantize_rows(
     stored_size = storage.bitwidth // 8
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        x, stride, indices, rows, dim, codes, stored_codes, quantized, sums, counts, loss, summing = args
+        x, stride, indices, rows, dim, codes, stored_codes, quantized, sums, counts, loss, summing, scales = args
         x, stored_codes, quantized = (builder.bitcast(p, stored.as_pointer()) for p in (x, stored_codes, quantized))
         squares = cgutils.alloca_once_value(builder, ir.Constant(vector, None))
         tail_squares = cgutils.alloca_once_value(builder, ir.Constant(kind, 0.0))
@@ -390,7 +391,9 @@ def quantize_rows(
         zero, one = ir.Constant(I64, 0), ir.Constant(I64, 1)
         whole = builder.and_(dim, ir.Constant(I64, -width))
 
-        def entries(d: ir.Value, row: ir.Value, offset: ir.Value, to: ir.Value, squares: ir.Value, wide: bool) -> None:
+        def entries(
+            d: ir.Value, row: ir.Value, scale: ir.Value, offset: ir.Value, to: ir.Value, squares: ir.Value, wide: bool
+        ) -> None:
             """``width`` entries of a row from d on, or one."""
             as_stored, as_computed = (stored_vector, vector) if wide else (stored, kind)
             at_code = builder.add(offset, d)
@@ -398,7 +401,7 @@ def quantize_rows(
             _store(builder, copied, builder.gep(to, [d]), stored_size)
             entry = _widen(builder, _load(builder, builder.gep(row, [d]), as_stored, stored_size), storage)
             code = _load(builder, builder.gep(codes, [at_code]), as_computed, itemsize)
-            residual = builder.fsub(entry, code)
+            residual = builder.fsub(builder.fmul(entry, _splat(builder, scale, width) if wide else scale), code)
             product = builder.fmul(residual, residual, flags=("contract",))
             builder.store(builder.fadd(product, builder.load(squares), flags=("contract",)), squares)
             with builder.if_then(summing):
@@ -413,12 +416,14 @@ def quantize_rows(
                     count = builder.gep(counts, [k])
                     builder.store(builder.add(builder.load(count), one), count)
                 row, to = builder.gep(x, [builder.mul(n, stride)]), builder.gep(quantized, [builder.mul(n, dim)])
-                offset = builder.mul(k, dim)
+                offset, scale = builder.mul(k, dim), builder.load(builder.gep(scales, [n]))
                 with cgutils.for_range_slice(builder, zero, whole, ir.Constant(I64, width)) as (d, _):
-                    entries(d, row, offset, to, squares, True)
+                    entries(d, row, scale, offset, to, squares, True)
                 with cgutils.for_range_slice(builder, whole, dim, one) as (d, _):
-                    entries(d, row, offset, to, tail_squares, False)
-        total = builder.fpext(builder.load(tail_squares), ir.DoubleType()) if itemsize == 4 else builder.load(tail_squares)
+                    entries(d, row, scale, offset, to, tail_squares, False)
+        total = (
+            builder.fpext(builder.load(tail_squares), ir.DoubleType()) if itemsize == 4 else builder.load(tail_squares)
+        )
         lanes_of_squares = builder.load(squares)
         for lane in range(width):
             part = builder.extract_element(lanes_of_squares, ir.Constant(I32, lane))
@@ -427,4 +432,6 @@ def quantize_rows(
         return builder.load(inside)
 
     i64 = types.int64
-    return i64(x, i64, indices, i64, i64, codes, stored_codes, quantized, sums, counts, loss, types.boolean), codegen
+    return i64(
+        x, i64, indices, i64, i64, codes, stored_codes, quantized, sums, counts, loss, types.boolean, scales
+    ), codegen

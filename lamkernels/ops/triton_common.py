@@ -19,10 +19,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import tensor
 
+from lamkernels.ops.constants import COSINE_EPS
+
 HALVES = (torch.float16, torch.bfloat16)
 SMALLEST_CODE = tl.constexpr(2.0**-40)  # below it the fp32 product of two entries may underflow
 LARGEST_PRODUCT = tl.constexpr(2.0**120)  # above it an fp32 sum of products may overflow
 LARGEST_SINGLE = tl.constexpr(3.4e38)  # still finite when rounded to tf32
+COSINE_CLAMP = tl.constexpr(COSINE_EPS)
+SMALLEST_UNIT = tl.constexpr(1e-37)  # what the largest entry of a row is clamped to: its inverse is a normal number
 LARGEST_DOUBLE = tl.constexpr(1.7976931348623157e308)
 
 
@@ -170,6 +174,41 @@ def chosen_score(
         else:
             total += tl.sum(entry * chosen, axis=1)
     return total
+
+
+@triton.jit
+def unit_scales(
+    rows: tensor, wanted: tensor, dim: tensor, WIDE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+) -> tensor:  # fmt: skip
+    """Two factors [BN] whose product is 1 / ‖x‖ of each wanted row, the norm clamped as for the cosine.
+
+    Two, so that neither a large nor a small row leaves the range of fp32 on the way: x · first is at most 1.
+    """
+    largest = tl.zeros([BN], WIDE)
+    for start in range(0, dim, BD):
+        d = start + tl.arange(0, BD)
+        entry = tl.load(rows[:, None] + d[None, :], mask=wanted[:, None] & (d < dim)[None, :], other=0.0).to(WIDE)
+        largest = tl.maximum(largest, tl.max(tl.abs(entry), axis=1))
+    first = 1.0 / tl.maximum(largest, SMALLEST_UNIT)
+    square = tl.zeros([BN], WIDE)
+    for start in range(0, dim, BD):
+        d = start + tl.arange(0, BD)
+        entry = tl.load(rows[:, None] + d[None, :], mask=wanted[:, None] & (d < dim)[None, :], other=0.0).to(WIDE)
+        entry = entry * first[:, None]
+        square += tl.sum(entry * entry, axis=1)
+    length = tl.sqrt(square)
+    clamped = largest * length < COSINE_CLAMP
+    return tl.where(clamped, 1.0 / COSINE_CLAMP, first), tl.where(clamped, 1.0, 1.0 / tl.maximum(length, 1e-30))
+
+
+@triton.jit
+def squared_norm(residual: tensor) -> tensor:
+    """Σ r² of each row [BN] in fp64; rows whose squares overflow fp32 are scaled first."""
+    square = tl.sum(residual * residual, axis=1).to(tl.float64)
+    if tl.max(square, axis=0) == float("inf"):
+        small = residual * 2.0**-70
+        square = tl.sum(small * small, axis=1).to(tl.float64) * 2.0**140
+    return square
 
 
 @triton.jit

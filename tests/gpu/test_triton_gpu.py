@@ -67,17 +67,48 @@ def test_vector_quantize_agrees_with_the_specification(
     x = (codebook[torch.arange(rows, device="cuda") % codes] * 1.01).to(dtype)
     mask = torch.arange(rows, device="cuda") % 5 != 3
     x[rows // 2] = torch.nan
-    got = torch.ops.lamkernels.vector_quantize(x[None], codebook[None], mask[None], "l2", "default", "triton")
-    want = reference.vector_quantize(x[None], codebook[None], mask[None], "l2", "default")
+    got = torch.ops.lamkernels.vector_quantize(
+        x[None], codebook[None], mask[None], None, "l2", "default", "ste", "triton"
+    )
+    want = reference.vector_quantize(x[None], codebook[None], mask[None], None, "l2", "default", "ste")
     assert_quantized_like(got, want)
     grads = torch.randn_like(x)[None], torch.ones_like(got[2]), torch.ones_like(got[2])
-    arguments = (x[None], got[0], got[1], got[6], got[7], *grads)
+    arguments = (x[None], got[0], got[1], got[6], got[7], None, *grads, "l2", "ste")
     for a, b in zip(
         torch.ops.lamkernels.vector_quantize_backward(*arguments, "triton"),
         reference.vector_quantize_backward(*arguments),
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("gradient", ["ste", "rotation", "noise"])
+@pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
+@pytest.mark.parametrize(("dtype", "code_dtype"), DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_gradient_under_every_metric(
+    shape: tuple[int, int, int], dtype: torch.dtype, code_dtype: torch.dtype, metric: str, gradient: str
+) -> None:
+    rows, codes, _ = shape
+    _, codebook = data(*shape, dtype, code_dtype)
+    if metric == "cosine":
+        codebook = torch.nn.functional.normalize(codebook.double(), dim=-1).to(code_dtype)
+    else:  # of equal length, so that the nearest is also the one of the largest product
+        codebook = (4 * torch.nn.functional.normalize(codebook.double(), dim=-1)).to(code_dtype)
+    x = (codebook[torch.arange(rows, device="cuda") % codes] * 1.01).to(dtype)
+    x = torch.where(torch.rand_like(x) < 0.1, x * 1.1, x)[None]
+    noise = torch.randn_like(x) if gradient == "noise" else None
+    arguments = (x, codebook[None], None, noise, metric, "default", gradient)
+    got, want = torch.ops.lamkernels.vector_quantize(*arguments, "triton"), reference.vector_quantize(*arguments)
+    rounding = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(dtype, 1e-5)
+    torch.testing.assert_close(got[0], want[0], rtol=rounding, atol=rounding)
+    assert_quantized_like((want[0], *got[1:]), want)
+    grad, ones = torch.randn_like(x), torch.ones_like(want[2])
+    chosen = want[0] if noise is None else want[8]
+    arguments = (x, chosen, want[1], want[6], want[7], noise, grad, 3 * ones, ones, metric, gradient)
+    got = torch.ops.lamkernels.vector_quantize_backward(*arguments, "triton")
+    for a, b in zip(got, reference.vector_quantize_backward(*arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=10 * rounding, atol=10 * rounding)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

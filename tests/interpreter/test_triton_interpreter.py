@@ -100,7 +100,7 @@ def test_only_codes_that_are_not_finite(path: str) -> None:
 def test_no_rows(path: str) -> None:
     x, codebook = torch.empty(2, 0, 3), torch.randn(2, 4, 3)
     assert nearest.nearest_code(x, codebook, "l2", "default", True)[0].shape == (2, 0)
-    outputs = quantize.vector_quantize(x, codebook, None, "l2", "default")
+    outputs = quantize.vector_quantize(x, codebook, None, None, "l2", "default", "ste")
     assert outputs[0].shape == (2, 0, 3)
     assert all(bool((output == 0).all()) for output in outputs[2:])
 
@@ -115,8 +115,8 @@ def test_strides(layout: str, path: str) -> None:
         "head stride": base[:, :, :7].transpose(0, 1),  # (3, 40, 7)
     }[layout]
     codebook = torch.randn(1, 5, 7).expand(x.shape[0], 5, 7)
-    got = quantize.vector_quantize(x, codebook, None, "l2", "default")
-    want = quantize.vector_quantize(x.contiguous(), codebook.contiguous(), None, "l2", "default")
+    got = quantize.vector_quantize(x, codebook, None, None, "l2", "default", "ste")
+    want = quantize.vector_quantize(x.contiguous(), codebook.contiguous(), None, None, "l2", "default", "ste")
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
     got_statistics = statistics.code_statistics(x, got[1], 5)
@@ -133,22 +133,24 @@ def test_vector_quantize_agrees_with_the_specification(
     codebook = codebook.to(dtype).to(code_dtype)  # the interpreter truncates to bf16 where a GPU rounds
     x[0, 3, 0], x[1, 74], codebook[1, 2, 4] = torch.nan, torch.inf, torch.nan
     mask = torch.arange(150).reshape(2, 75) % 4 != 1 if masked else None
-    got = quantize.vector_quantize(x, codebook, mask, "l2", "default")
-    assert_quantized_like(got, reference_quantize.vector_quantize(x, codebook, mask, "l2", "default"))
+    got = quantize.vector_quantize(x, codebook, mask, None, "l2", "default", "ste")
+    assert_quantized_like(got, reference_quantize.vector_quantize(x, codebook, mask, None, "l2", "default", "ste"))
 
 
 def test_vector_quantize_of_a_far_row_and_offset_codes(path: str) -> None:
     x, codebook = torch.randn(1, 50, 4) + 100, torch.randn(1, 3, 4) + 100
     x[0, 7] = 1e9
-    got = quantize.vector_quantize(x, codebook, None, "l2", "default")
-    assert_quantized_like(got, reference_quantize.vector_quantize(x, codebook, None, "l2", "default"))
+    got = quantize.vector_quantize(x, codebook, None, None, "l2", "default", "ste")
+    assert_quantized_like(got, reference_quantize.vector_quantize(x, codebook, None, None, "l2", "default", "ste"))
 
 
 def test_exact_and_dot_quantize(path: str) -> None:
     x, codebook = data(1, 20, 4, 3, torch.float32, torch.float32)
     for metric, precision in (("l2", "exact"), ("dot", "default")):
-        got = quantize.vector_quantize(x, codebook, None, metric, precision)
-        assert_quantized_like(got, reference_quantize.vector_quantize(x, codebook, None, metric, precision))
+        got = quantize.vector_quantize(x, codebook, None, None, metric, precision, "ste")
+        assert_quantized_like(
+            got, reference_quantize.vector_quantize(x, codebook, None, None, metric, precision, "ste")
+        )
 
 
 @pytest.mark.parametrize("gradient", ["none", "contiguous", "expanded", "transposed"])
@@ -156,7 +158,7 @@ def test_exact_and_dot_quantize(path: str) -> None:
 def test_backward(dtype: torch.dtype, gradient: str) -> None:
     x, codebook = data(2, 41, 5, 6, dtype, dtype)
     x[1, 4, 2] = torch.nan
-    outputs = reference_quantize.vector_quantize(x, codebook, None, "l2", "default")
+    outputs = reference_quantize.vector_quantize(x, codebook, None, None, "l2", "default", "ste")
     grad = {
         "none": None,
         "contiguous": torch.randn(2, 41, 6).to(dtype),
@@ -164,12 +166,38 @@ def test_backward(dtype: torch.dtype, gradient: str) -> None:
         "transposed": torch.randn(6, 41, 2).to(dtype).permute(2, 1, 0),
     }[gradient]
     loss_grads = torch.tensor([3.0, 0.5], dtype=outputs[2].dtype), torch.ones((), dtype=outputs[2].dtype).expand(2)
-    arguments = (x, outputs[0], outputs[1], outputs[6], outputs[7], grad, *loss_grads)
+    arguments = (x, outputs[0], outputs[1], outputs[6], outputs[7], None, grad, *loss_grads, "l2", "ste")
     got = quantize.vector_quantize_backward(*arguments)
     want = reference_quantize.vector_quantize_backward(*arguments)
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dim", [6, 300])
+@pytest.mark.parametrize("gradient", ["ste", "rotation", "noise"])
+@pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_every_gradient_under_every_metric(dtype: torch.dtype, metric: str, gradient: str, dim: int) -> None:
+    code_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    x, codebook = data(2, 41, 5, dim, dtype, code_dtype)
+    if metric == "cosine":
+        codebook = torch.nn.functional.normalize(codebook, dim=-1)
+    codebook = codebook.to(dtype).to(code_dtype)  # the interpreter truncates to bf16 where a GPU rounds
+    x[1, 4, 2], x[0, 3] = torch.nan, 0.0
+    noise = torch.randn(x.shape).to(dtype) if gradient == "noise" else None
+    mask = torch.arange(82).reshape(2, 41) % 7 != 2
+    arguments = (x, codebook, mask, noise, metric, "default", gradient)
+    got, want = quantize.vector_quantize(*arguments), reference_quantize.vector_quantize(*arguments)
+    rounding = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(dtype, 1e-6)  # bf16 is truncated here
+    torch.testing.assert_close(got[0], want[0], rtol=rounding, atol=rounding, equal_nan=True)
+    assert_quantized_like((want[0], *got[1:]), want)
+    grad, ones = torch.randn(x.shape).to(dtype), torch.ones(2, dtype=want[2].dtype)
+    codes = want[0] if noise is None else want[8]
+    arguments = (x, codes, want[1], want[6], want[7], noise, grad, 3 * ones, ones, metric, gradient)
+    got, want = (module.vector_quantize_backward(*arguments) for module in (quantize, reference_quantize))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=max(rounding, 1e-5), atol=max(rounding, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -196,7 +224,7 @@ def test_a_collapsed_codebook_and_one_entry_past_fp32_do_not_spill_over(path: st
 
 def test_two_runs_agree_to_the_last_bit(path: str) -> None:
     x, codebook = data(1, 150, 9, 6, torch.float32, torch.float32)
-    first, second = (quantize.vector_quantize(x, codebook, None, "l2", "default") for _ in range(2))
+    first, second = (quantize.vector_quantize(x, codebook, None, None, "l2", "default", "ste") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -210,5 +238,14 @@ def test_the_public_functions_reach_the_kernels() -> None:
     (want.quantized.sum() + want.commitment_loss + want.codebook_loss).backward()
     assert torch.equal(out.indices, want.indices)
     torch.testing.assert_close(got, (x.grad, codebook.grad))
-    assert torch.equal(lk.nearest_code(x, codebook, metric="cosine", backend="triton"),
-                       lk.nearest_code(x, codebook, metric="cosine", backend="reference"))  # fmt: skip
+    for scale in (1e-30, 1.0, 1e30):
+        got = lk.nearest_code(scale * x, codebook, metric="cosine", return_distance=True, backend="triton")
+        want = lk.nearest_code(scale * x, codebook, metric="cosine", return_distance=True, backend="reference")
+        torch.testing.assert_close(got, want)
+
+
+def test_a_loss_past_the_squares_of_fp32(path: str) -> None:
+    x, codebook = torch.zeros(1, 60, 4), torch.zeros(1, 2, 4)
+    x[0, 7, 2] = 2e19
+    got = quantize.vector_quantize(x, codebook, None, None, "l2", "default", "ste")
+    torch.testing.assert_close(got[2], torch.tensor([4e38 / 240]))

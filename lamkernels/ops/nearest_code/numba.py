@@ -16,6 +16,7 @@ import torch
 from numba import carray, cfunc, njit, types
 from torch import Tensor
 
+from lamkernels.ops.constants import COSINE_EPS
 from lamkernels.ops.parallel import launch
 from lamkernels.ops.simd import (
     BITS,
@@ -159,6 +160,15 @@ def score_in_fp64(x, code, euclidean):
 
 
 @njit(**FLAGS)
+def inverse_norm(x, first, dim):
+    """1 / ‖x‖ of the row that starts at element ``first``, the norm clamped as for the cosine."""
+    square = 0.0
+    for d in range(first, first + dim):
+        square += np.float64(widen(x[d])) ** 2
+    return 1.0 / max(np.sqrt(square), COSINE_EPS)
+
+
+@njit(**FLAGS)
 def scan(x, stride, first, stop, last, codebook, codes, options, scratch, out):
     """Writes the nearest codes of the rows [first, stop), at most a block of them, to out[first:stop].
 
@@ -236,6 +246,8 @@ def make_scratch(block, dim, codes):
 # Every kernel gets one array of int64. It begins with what the lookup needs, in the order of `lookup_parameters`;
 # what an operator adds comes behind, from element LOOKUP on.
 LOOKUP = 19
+DOT, L2, COSINE = 0, 1, 2  # element 12; the codes of a cosine are normalised already
+METRICS = {"dot": DOT, "l2": L2, "cosine": COSINE}
 
 
 @njit(**FLAGS)
@@ -277,7 +289,7 @@ def _prepare_heads(p, computed):
         if head >= a[18]:
             return
         codebook, codes = codes_of_head(a, head, computed)
-        prepare(codebook, a[12] != 0, codes)
+        prepare(codebook, a[12] == L2, codes)
 
 
 @njit(**FLAGS)
@@ -295,7 +307,7 @@ def _nearest_chunks(p, stored, computed):
         codebook, codes = codes_of_head(a, head, computed)
         x = rows_of_head(a, head, stored)
         out = elements(a[17], head * rows, rows, np.int64(0))
-        options = a[12] != 0, a[13] != 0, a[14]
+        options = a[12] == L2, a[13] != 0, a[14]
         for start in range(first, min(first + chunk, rows), block):
             stop = min(start + block, first + chunk, rows)
             scan(x, stride, start, stop, rows - 1, codebook, codes, options, scratch, out)
@@ -305,7 +317,9 @@ def _nearest_chunks(p, stored, computed):
                     distance[n] = np.nan
                     if out[n] >= 0:
                         score = score_in_fp64(x[n * stride : n * stride + dim], codebook[out[n]], options[0])
-                        distance[n] = score if options[0] else -score
+                        distance[n] = score if a[12] == L2 else -score
+                        if a[12] == COSINE:
+                            distance[n] *= inverse_norm(x, n * stride, dim)
 
 
 # The scalar whose type stands for a stored dtype: bf16 and fp16 travel as bit patterns.
@@ -360,7 +374,7 @@ def prepare_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out
     Args:
         x: (H, N, D).
         codebook: (H, K, D).
-        metric: "l2" or "dot".
+        metric: "l2", "dot", or "cosine" with normalised codes.
         precision: "exact" scans the rows that fp32 cannot decide in fp64; "fast" is "default" here.
         out: (H, N) int64, contiguous: where the indices go.
     """
@@ -391,7 +405,7 @@ def prepare_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out
         num_codes,
         dim,
         padded,
-        metric == "l2",
+        METRICS[metric],
         precision == "exact",
         panel,
         chunk,
@@ -407,7 +421,7 @@ def prepare_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out
 def nearest_code(
     x: Tensor, codebook: Tensor, metric: str, precision: str, return_distance: bool
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`lamkernels.nearest_code`. ``x`` (H, N, D), ``codebook`` (H, K, D); metric "l2" or "dot"."""
+    """See :func:`lamkernels.nearest_code`. ``x`` (H, N, D), ``codebook`` (H, K, D)."""
     heads, rows, _ = x.shape
     indices = torch.empty((heads, rows), dtype=torch.int64)
     distance_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

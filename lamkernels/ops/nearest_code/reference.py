@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from lamkernels.ops.constants import COSINE_EPS
 
 SCORES_PER_BLOCK = 2**22  # fp64 scores held at a time: 32 MiB
 
@@ -11,7 +14,8 @@ SCORES_PER_BLOCK = 2**22  # fp64 scores held at a time: 32 MiB
 def nearest_code(
     x: Tensor, codebook: Tensor, metric: str, precision: str, return_distance: bool
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`lamkernels.nearest_code`. ``x`` (H, N, D), ``codebook`` (H, K, D); metric "l2" or "dot".
+    """See :func:`lamkernels.nearest_code`. ``x`` (H, N, D), ``codebook`` (H, K, D); metric "l2", "dot", or
+    "cosine" with codes that are normalised already.
 
     Every precision is met by the strictest one. The score of a code that is not finite is +inf; a row that is not
     finite, or that has no finite code to go to, gets index −1 and distance NaN.
@@ -27,6 +31,8 @@ def nearest_code(
         block = x[:, start : start + step].double()
         valid = block.isfinite().all(-1) & finite_code.any(-1, keepdim=True)
         block = block.masked_fill(~valid[..., None], 0.0)
+        if metric == "cosine":
+            block = F.normalize(block, dim=-1, eps=COSINE_EPS)
         if metric == "l2":  # differences, not the expanded square: no cancellation
             scores = torch.cdist(block, codes, compute_mode="donot_use_mm_for_euclid_dist").square_()
         else:

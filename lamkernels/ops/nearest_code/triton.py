@@ -27,6 +27,7 @@ from lamkernels.ops.triton_common import (
     resident_norms,
     scan_exactly,
     unit_inner,
+    unit_scales,
 )
 
 
@@ -34,7 +35,7 @@ from lamkernels.ops.triton_common import (
 def nearest_code_resident_kernel(
     x: tensor, codebook: tensor, indices: tensor, distance: tensor, num_rows: tensor, num_codes: tensor, dim: tensor,
     x_h: tensor, x_n: tensor, c_h: tensor, c_k: tensor, tiles: tensor, programs: tensor,
-    L2: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
+    L2: tl.constexpr, COSINE: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
     DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     head = (tl.program_id(0) // programs).to(tl.int64)
@@ -51,7 +52,7 @@ def nearest_code_resident_kernel(
         )
         store_nearest(
             index, again & present, rows, row, present, codebook, c_k, indices + head * num_rows,
-            distance + head * num_rows, num_codes, dim, L2, DISTANCE, BN, 16, BD,
+            distance + head * num_rows, num_codes, dim, L2, COSINE, DISTANCE, BN, 16, BD,
         )  # fmt: skip
 
 
@@ -59,7 +60,8 @@ def nearest_code_resident_kernel(
 def store_nearest(
     index: tensor, again: tensor, rows: tensor, row: tensor, present: tensor, codebook: tensor, stride: tensor,
     indices: tensor, distance: tensor, num_codes: tensor, dim: tensor,
-    L2: tl.constexpr, DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    L2: tl.constexpr, COSINE: tl.constexpr, DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """Decides the rows marked ``again`` in fp64, then stores the index and, where asked for, the score of each row."""
     best = tl.zeros([BN], tl.float64)
@@ -72,6 +74,9 @@ def store_nearest(
         if not L2:
             best = -best
         score = tl.where(again, best.to(tl.float32), score)
+        if COSINE:
+            first, second = unit_scales(rows, present & (index >= 0), dim, tl.float32, BN, BD)
+            score = score * first * second
         tl.store(distance + row, tl.where(index >= 0, score, float("nan")), mask=present)
 
 
@@ -80,8 +85,8 @@ def nearest_code_streamed_kernel(
     x: tensor, codebook: tensor, codes: tensor, centre: tensor, half_norm: tensor, limit: tensor, indices: tensor,
     distance: tensor, num_rows: tensor, num_codes: tensor, dim: tensor, padded_codes: tensor, padded_dim: tensor,
     x_h: tensor, x_n: tensor, c_h: tensor, c_k: tensor, tiles: tensor,
-    L2: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr, DISTANCE: tl.constexpr,
-    ONE_CHUNK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    L2: tl.constexpr, COSINE: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
+    DISTANCE: tl.constexpr, ONE_CHUNK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     head = (tl.program_id(0) // tiles).to(tl.int64)
     row = (tl.program_id(0) % tiles).to(tl.int64) * BN + tl.arange(0, BN)
@@ -118,7 +123,7 @@ def nearest_code_streamed_kernel(
         best = tl.where(better, tile_best, best)
     store_nearest(
         index, (again > 0) & present, rows, row, present, codebook + head * c_h, c_k, indices + head * num_rows,
-        distance + head * num_rows, num_codes, dim, L2, DISTANCE, BN, 16, BD,
+        distance + head * num_rows, num_codes, dim, L2, COSINE, DISTANCE, BN, 16, BD,
     )  # fmt: skip
 
 
@@ -159,7 +164,7 @@ def nearest_code_exact_kernel(
 def nearest_code(
     x: Tensor, codebook: Tensor, metric: str, precision: str, return_distance: bool
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`lamkernels.nearest_code`. ``x`` (H, N, D), ``codebook`` (H, K, D); metric "l2" or "dot"."""
+    """See :func:`lamkernels.nearest_code`. ``x`` (H, N, D), ``codebook`` (H, K, D)."""
     x, codebook = unit_inner(x), unit_inner(codebook)
     (heads, rows, dim), codes = x.shape, codebook.shape[1]
     indices = x.new_empty((heads, rows), dtype=torch.int64)
@@ -184,21 +189,22 @@ def nearest_code(
             tiles = triton.cdiv(rows, tile.rows)
             programs = min(tiles, persistent_programs(x.device))
             nearest_code_resident_kernel[(heads * programs,)](
-                x, codebook, indices, distance, *sizes, *strides, tiles, programs, metric == "l2", how.centre,
-                how.native, how.dot, return_distance, tile.rows, tile.codes, tile.dim, **tile.options(),
+                x, codebook, indices, distance, *sizes, *strides, tiles, programs, metric == "l2",
+                metric == "cosine", how.centre, how.native, how.dot, return_distance, tile.rows, tile.codes, tile.dim,
+                **tile.options(),
             )  # fmt: skip
         else:
-            _streamed(x, codebook, indices, distance, metric == "l2", how)
+            _streamed(x, codebook, indices, distance, metric, how)
     return indices, distance
 
 
-def _streamed(x: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor, l2: bool, how: Arithmetic) -> None:
+def _streamed(x: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor, metric: str, how: Arithmetic) -> None:
     (heads, rows, dim), num_codes = x.shape, codebook.shape[1]
     tile = tuning.streamed(tuning.target_of(x.device), num_codes, dim, x.dtype if how.native else torch.float32)
-    ready = ready_codebook(codebook, tile, l2, how.centre, x.dtype if how.native else torch.float32)
+    ready = ready_codebook(codebook, tile, metric == "l2", how.centre, x.dtype if how.native else torch.float32)
     tiles = triton.cdiv(rows, tile.rows)
     nearest_code_streamed_kernel[(heads * tiles,)](
         x, codebook, *ready, indices, distance, rows, num_codes, dim, *ready.codes.shape[1:],
-        *x.stride()[:2], *codebook.stride()[:2], tiles, l2, how.centre, how.native, how.dot, distance.numel() > 0,
-        dim <= tile.dim, tile.rows, tile.codes, tile.dim, **tile.options(),
+        *x.stride()[:2], *codebook.stride()[:2], tiles, metric == "l2", metric == "cosine", how.centre, how.native,
+        how.dot, distance.numel() > 0, dim <= tile.dim, tile.rows, tile.codes, tile.dim, **tile.options(),
     )  # fmt: skip

@@ -14,16 +14,20 @@ from numba import carray, njit
 from torch import Tensor
 
 from lamkernels.ops.code_statistics.numba import MAX_CHUNKED, sum_rows
+from lamkernels.ops.constants import COSINE_EPS, NOISE_EPS, ROTATION_EPS
 from lamkernels.ops.nearest_code.numba import (
     BITS_BF16,
     BITS_F16,
+    COSINE,
     F32,
     F64,
     FLAGS,
+    L2,
     LOOKUP,
     codes_of_head,
     compiled,
     elements,
+    inverse_norm,
     make_scratch,
     prepare_lookup,
     rows_of_head,
@@ -34,8 +38,9 @@ from lamkernels.ops.simd import at, fetch_add, narrow, quantize_rows, widen
 
 # The parameters behind those of the lookup: 0 quantized (H, N, D), 1 codebook in x.dtype, 2 its head stride, 3 mask or
 # 0, 4 [NaN, 0] in x.dtype, 5 partial residual sums (tasks, K, D) or 0, 6 partial counts (tasks, K), 7 partial loss and
-# rows (tasks, 2) fp64, 8 counts, 9 sums, 10 residual sums, 11 commitment loss, 12 codebook loss, 13 rows that are in
-QUANTIZE = LOOKUP + 14
+# rows (tasks, 2) fp64, 8 counts, 9 sums, 10 residual sums, 11 commitment loss, 12 codebook loss, 13 rows that are in,
+# 14 noise (H, N, D) or 0, 15 codes (H, N, D), with noise
+QUANTIZE = LOOKUP + 16
 
 
 @njit(**FLAGS)
@@ -45,7 +50,7 @@ def _quantize_chunks(p, stored, computed):
     chunks = (rows + chunk - 1) // chunk
     fill = elements(a[LOOKUP + 4], 0, 2, stored)
     _, codes = codes_of_head(a, 0, computed)
-    scratch, loss = make_scratch(block, dim, codes), np.zeros(1)
+    scratch, loss, scales = make_scratch(block, dim, codes), np.zeros(1), np.ones(block, codes.mean.dtype)
     while True:
         task = fetch_add(a, 0)
         if task >= chunks * a[18]:
@@ -55,6 +60,8 @@ def _quantize_chunks(p, stored, computed):
         x = rows_of_head(a, head, stored)
         out = elements(a[17], head * rows, rows, np.int64(0))
         quantized = elements(a[LOOKUP], head * rows * dim, rows * dim, stored)
+        noise = elements(a[LOOKUP + 14], head * rows * dim, rows * dim, stored)
+        chosen = quantized if a[LOOKUP + 14] == 0 else elements(a[LOOKUP + 15], head * rows * dim, rows * dim, stored)
         stored_codes = elements(a[LOOKUP + 1], head * a[LOOKUP + 2], num_codes * dim, stored)
         masked, mask = a[LOOKUP + 3] != 0, elements(a[LOOKUP + 3], head * rows, rows, np.uint8(0))
         summing = a[LOOKUP + 5] != 0
@@ -64,7 +71,7 @@ def _quantize_chunks(p, stored, computed):
             sums[:] = 0.0
             counts[:] = 0
         loss[0], inside = 0.0, 0
-        options = a[12] != 0, a[13] != 0, a[14]
+        options = a[12] == L2, a[13] != 0, a[14]
         for start in range(first, min(first + chunk, rows), block):
             stop = min(start + block, first + chunk, rows)
             scan(x, stride, start, stop, rows - 1, codebook, codes, options, scratch, out)
@@ -72,17 +79,38 @@ def _quantize_chunks(p, stored, computed):
                 if masked and mask[n] == 0:
                     out[n] = -1
                     quantized[n * dim : (n + 1) * dim] = fill[1]
+                    chosen[n * dim : (n + 1) * dim] = fill[1]
                 elif out[n] < 0:
                     quantized[n * dim : (n + 1) * dim] = fill[0]
+                    chosen[n * dim : (n + 1) * dim] = fill[0]
+            if a[12] == COSINE:
+                for n in range(start, stop):
+                    scales[n - start] = inverse_norm(x, n * stride, dim)
             inside += quantize_rows(
-                at(x, start * stride), stride, at(out, start), stop - start, dim, at(codebook, 0),
-                at(stored_codes, 0), at(quantized, start * dim), at(sums, 0), at(counts, 0), at(loss, 0), summing,
+                at(x, start * stride), stride, at(out, start), stop - start, dim, at(codebook, 0), at(stored_codes, 0),
+                at(chosen, start * dim), at(sums, 0), at(counts, 0), at(loss, 0), summing, at(scales, 0),
             )  # fmt: skip
+            if a[LOOKUP + 14] != 0:
+                for n in range(start, stop):
+                    if out[n] >= 0:
+                        _substitute(x, n * stride, scales[n - start], chosen, noise, n * dim, dim, quantized, stored)
         part = elements(a[LOOKUP + 7], task * 2, 2, np.float64(0))
         part[0], part[1] = loss[0], inside
         if fetch_add(a, 1) == chunks * a[18] - 1:
             for h in range(a[18]):
                 _finish(a, h, chunks, computed)
+
+
+@njit(**FLAGS)
+def _substitute(x, first, scale, codes, noise, to, dim, quantized, stored):
+    """NSVQ: quantized = x + (‖x − c‖ / ‖v‖ + ε) v of one row, which starts at x[first], and elsewhere at ``to``."""
+    residual, length = 0.0, 0.0
+    for d in range(dim):
+        residual += (np.float64(widen(x[first + d]) * scale) - np.float64(widen(codes[to + d]))) ** 2
+        length += np.float64(widen(noise[to + d])) ** 2
+    factor = np.sqrt(residual / length) + NOISE_EPS if length > 0.0 else 0.0
+    for d in range(dim):
+        quantized[to + d] = narrow(widen(x[first + d]) * scale + factor * widen(noise[to + d]), stored)
 
 
 @njit(**FLAGS)
@@ -116,10 +144,11 @@ def _finish(a, head, chunks, computed):
             sums[k * dim + d] = total[k * dim + d] + np.float64(count[k]) * code if count[k] > 0 else 0.0
 
 
-# int64 parameters of the backward: 2 x, 3 head stride, 4 row stride, 5 quantized (H, N, D), 6 indices (H, N),
+# int64 parameters of the backward: 2 x, 3 head stride, 4 row stride, 5 codes (H, N, D), 6 indices (H, N),
 # 7 gradient of quantized or 0, 8 N, 9 K, 10 D, 11 to 13 its strides, 14 gradient of the commitment loss (H,), 15 of the
-# codebook loss (H,), 16 rows that are in (H,), 17 residual sums, 18 gradient of x, 19 of the codebook, 20 H, 21 chunk
-BACKWARD = 22
+# codebook loss (H,), 16 rows that are in (H,), 17 residual sums, 18 gradient of x, 19 of the codebook, 20 H, 21 chunk,
+# 22 noise (H, N, D) or 0, 23 what the noise sends to the codes, negated (H, N, D), 24 cosine, 25 rotation
+BACKWARD = 26
 BACKWARD_CHUNK = 1 << 16  # entries of x in a task
 
 
@@ -128,6 +157,8 @@ def _backward_chunks(p, stored, computed):
     a = carray(p, (BACKWARD,))
     rows, num_codes, dim, chunk = a[8], a[9], a[10], a[21]
     chunks = (rows + chunk - 1) // chunk + 1  # the last one is the codebook's
+    general = a[22] != 0 or a[24] != 0 or (a[25] != 0 and a[7] != 0)
+    scratch = np.zeros(dim), np.zeros(dim)
     while True:
         task = fetch_add(a, 0)
         if task >= chunks * a[20]:
@@ -144,26 +175,99 @@ def _backward_chunks(p, stored, computed):
             continue
         weight = narrow(scale * elements(a[14], head, 1, computed)[0], computed)
         x = rows_of_head(a, head, stored)
-        quantized = elements(a[5], head * rows * dim, rows * dim, stored)
+        codes = elements(a[5], head * rows * dim, rows * dim, stored)
         indices = elements(a[6], head * rows, rows, np.int64(0))
         grad_x = elements(a[18], head * rows * dim, rows * dim, stored)
         for n in range(first, min(first + chunk, rows)):
-            to = grad_x[n * dim : (n + 1) * dim]
+            to, at_row = n * dim, n * a[4]
             if indices[n] < 0:
-                to[:] = 0
-                continue
-            row, code = x[n * a[4] : n * a[4] + dim], quantized[n * dim : (n + 1) * dim]
-            if a[7] == 0:
                 for d in range(dim):
-                    to[d] = narrow(weight * (widen(row[d]) - widen(code[d])), stored)
+                    grad_x[to + d] = 0
+            elif general:
+                _general_row(a, head, n, x, codes, weight, grad_x, scratch, stored, computed)
+            elif a[7] == 0:
+                for d in range(dim):
+                    grad_x[to + d] = narrow(weight * (widen(x[at_row + d]) - widen(codes[to + d])), stored)
             elif a[13] == 1:
                 grad = elements(a[7], head * a[11] + n * a[12], dim, stored)
                 for d in range(dim):
-                    to[d] = narrow(widen(grad[d]) + weight * (widen(row[d]) - widen(code[d])), stored)
+                    residual = widen(x[at_row + d]) - widen(codes[to + d])
+                    grad_x[to + d] = narrow(widen(grad[d]) + weight * residual, stored)
             else:  # an expanded gradient, as sum() sends it
                 same = widen(elements(a[7], head * a[11] + n * a[12], 1, stored)[0])
                 for d in range(dim):
-                    to[d] = narrow(same + weight * (widen(row[d]) - widen(code[d])), stored)
+                    residual = widen(x[at_row + d]) - widen(codes[to + d])
+                    grad_x[to + d] = narrow(same + weight * residual, stored)
+
+
+@njit(**FLAGS)
+def _general_row(a, head, n, x, codes, weight, grad_x, scratch, stored, computed):
+    """The gradient of one row under the rotation trick, noise substitution or the cosine, in fp64."""
+    dim, at_row, to = a[10], n * a[4], n * a[10]
+    row, g = scratch
+    cosine, rotation, noisy = a[24] != 0, a[25] != 0, a[22] != 0
+    inverse = inverse_norm(x, at_row, dim) if cosine else 1.0
+    for d in range(dim):
+        row[d] = np.float64(widen(x[at_row + d])) * inverse
+        g[d] = 0.0
+    if a[7] != 0:
+        start = head * a[11] + n * a[12]
+        grad = elements(a[7], start, (dim - 1) * a[13] + 1, stored)
+        for d in range(dim):
+            g[d] = widen(grad[d * a[13]])
+        if rotation:
+            _rotate(row, codes, to, g)
+        elif noisy:
+            noise = elements(a[22], (head * a[8] + n) * dim, dim, stored)
+            _pull(row, codes, to, noise, g, elements(a[23], (head * a[8] + n) * dim, dim, computed))
+    along = 0.0
+    for d in range(dim):
+        g[d] += weight * (row[d] - widen(codes[to + d]))
+        along += g[d] * row[d]
+    if not cosine or inverse == 1.0 / COSINE_EPS:  # a clamped norm is a constant
+        along = 0.0
+    for d in range(dim):
+        grad_x[to + d] = narrow((g[d] - along * row[d]) * inverse, stored)
+
+
+@njit(**FLAGS)
+def _rotate(row, codes, to, g):
+    """g ← s(g − 2(g·w)w + 2(g·q̂)u), in place."""
+    dim = row.shape[0]
+    length, target = 0.0, 0.0
+    for d in range(dim):
+        length += row[d] * row[d]
+        target += np.float64(widen(codes[to + d])) ** 2
+    norm = np.sqrt(target)
+    to_unit, target_to_unit = 1.0 / max(np.sqrt(length), ROTATION_EPS), 1.0 / max(norm, ROTATION_EPS)
+    both, along_both, along_target = 0.0, 0.0, 0.0
+    for d in range(dim):
+        towards = widen(codes[to + d]) * target_to_unit
+        w = row[d] * to_unit + towards
+        both += w * w
+        along_both += g[d] * w
+        along_target += g[d] * towards
+    along_both /= max(np.sqrt(both), ROTATION_EPS) ** 2
+    for d in range(dim):
+        u, towards = row[d] * to_unit, widen(codes[to + d]) * target_to_unit
+        g[d] = norm * to_unit * (g[d] - 2.0 * along_both * (u + towards) + 2.0 * along_target * u)
+
+
+@njit(**FLAGS)
+def _pull(row, codes, to, noise, g, pull):
+    """NSVQ: g ← g + a(x − c)/r, in place; the second part is kept for the code."""
+    dim = row.shape[0]
+    along, length, distance = 0.0, 0.0, 0.0
+    for d in range(dim):
+        along += g[d] * widen(noise[d])
+        length += np.float64(widen(noise[d])) ** 2
+        distance += (row[d] - widen(codes[to + d])) ** 2
+    size = np.sqrt(length) * np.sqrt(distance)
+    factor = along / size if size > 0.0 else 0.0
+    for d in range(dim):
+        part = factor * (row[d] - widen(codes[to + d]))
+        pull[d] = part
+        g[d] += part
 
 
 def _quantize_f32(p):
@@ -218,9 +322,9 @@ def _nan_and_zero(dtype: torch.dtype) -> Tensor:
 
 
 def vector_quantize(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str
+    x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, precision: str, gradient: str
 ) -> tuple[Tensor, ...]:
-    """See :func:`lamkernels.vector_quantize`. ``x`` (H, N, D), ``codebook`` (H, K, D), ``mask`` (H, N) bool or None."""
+    """``x`` (H, N, D), ``codebook`` (H, K, D), ``mask`` (H, N) bool or None, ``noise`` (H, N, D) or None."""
     (heads, rows, dim), num_codes = x.shape, codebook.shape[1]
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
     quantized = torch.empty((heads, rows, dim), dtype=x.dtype)
@@ -234,6 +338,8 @@ def vector_quantize(
     x, computed_codebook, _ = lookup.tensors
     stored_codebook = computed_codebook if x.dtype == computed else codebook.to(x.dtype).contiguous()
     mask = None if mask is None else mask.contiguous()
+    noise = None if noise is None else noise.contiguous()
+    codes = torch.empty((heads, 0 if noise is None else rows, dim), dtype=x.dtype)
     summing = num_codes * dim <= MAX_CHUNKED and lookup.tasks > 0
     partial_sums = torch.empty((lookup.tasks, num_codes, dim) if summing else 0, dtype=computed)
     partial_counts = torch.empty((lookup.tasks, num_codes) if summing else 0, dtype=torch.int64)
@@ -255,39 +361,42 @@ def vector_quantize(
         commitment_loss.data_ptr(),
         codebook_loss.data_ptr(),
         num_rows.data_ptr(),
+        0 if noise is None else noise.data_ptr(),
+        codes.data_ptr(),
     ]
     launch(compiled(_QUANTIZE[x.dtype]), parameters, lookup.tasks, lookup.work)
     if not summing:
-        sum_rows(x, indices, computed_codebook, counts, sums, residual_sums)
-    return quantized, indices, commitment_loss, codebook_loss, counts, sums, residual_sums, num_rows
+        sum_rows(_unit(x) if metric == "cosine" else x, indices, computed_codebook, counts, sums, residual_sums)
+    return quantized, indices, commitment_loss, codebook_loss, counts, sums, residual_sums, num_rows, codes
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Normalised rows in the computed type; rows that are not finite are in no sum."""
+    return torch.nn.functional.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=COSINE_EPS)
 
 
 def vector_quantize_backward(
-    x: Tensor,
-    quantized: Tensor,
-    indices: Tensor,
-    residual_sums: Tensor,
-    num_rows: Tensor,
-    grad_quantized: Tensor | None,
-    grad_commitment: Tensor,
-    grad_codebook_loss: Tensor,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, codes: Tensor, indices: Tensor, residual_sums: Tensor, num_rows: Tensor, noise: Tensor | None,
+    grad_quantized: Tensor | None, grad_commitment: Tensor, grad_codebook_loss: Tensor, metric: str, gradient: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One pass over the rows and one over the residual sums; see the reference for the formulas."""
     (heads, rows, dim), num_codes = x.shape, residual_sums.shape[1]
     x = x if x.stride(-1) == 1 else x.contiguous()
-    quantized, indices, residual_sums = quantized.contiguous(), indices.contiguous(), residual_sums.contiguous()
+    codes, indices, residual_sums = codes.contiguous(), indices.contiguous(), residual_sums.contiguous()
     grad_commitment, grad_codebook_loss = grad_commitment.contiguous(), grad_codebook_loss.contiguous()
     num_rows = num_rows.contiguous()
     if grad_quantized is not None and grad_quantized.stride(-1) not in (0, 1):
         grad_quantized = grad_quantized.contiguous()
+    noise = None if noise is None or grad_quantized is None else noise.contiguous()
     grad_x = torch.empty((heads, rows, dim), dtype=x.dtype)
     grad_codebook = torch.empty_like(residual_sums)
+    pull = None if noise is None else torch.empty((heads, rows, dim), dtype=residual_sums.dtype)
     chunk = max(1, BACKWARD_CHUNK // dim)
     parameters = [
         x.data_ptr(),
         x.stride(0),
         x.stride(1),
-        quantized.data_ptr(),
+        codes.data_ptr(),
         indices.data_ptr(),
         0 if grad_quantized is None else grad_quantized.data_ptr(),
         rows,
@@ -302,7 +411,15 @@ def vector_quantize_backward(
         grad_codebook.data_ptr(),
         heads,
         chunk,
+        0 if noise is None else noise.data_ptr(),
+        0 if pull is None else pull.data_ptr(),
+        metric == "cosine",
+        gradient == "rotation",
     ]
     tasks = heads * (-(-rows // chunk) + 1)
     launch(compiled(_BACKWARD[x.dtype]), parameters, tasks, 4 * heads * rows * dim)
+    if pull is not None:
+        pulls = torch.empty_like(residual_sums)
+        sum_rows(pull, indices, None, num_rows.new_empty((heads, num_codes)), pulls, None)
+        grad_codebook -= pulls
     return grad_x, grad_codebook

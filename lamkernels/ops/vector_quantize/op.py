@@ -1,8 +1,8 @@
 """Registration of ``lamkernels::vector_quantize`` and of its backward.
 
 What the backward needs is what the forward leaves behind: the quantised rows (alive anyway, and right even after an
-in-place EMA update of the codebook), the indices (−1 marks a row that is in no loss) and the residual sums
-R_k = Σ (x − c_k), from which the codebook gradient is −2 R_k / (n·D) without another pass over the rows.
+in-place EMA update of the codebook; with noise, the codes), the indices (−1 marks a row that is in no loss) and the
+residual sums R_k = Σ (x − c_k), from which the codebook gradient is −2 R_k / (n·D) without another pass over the rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 from lamkernels.ops.registration import NAMESPACE, register
 
 
-def _fake_forward(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str) -> tuple[Tensor, ...]:
+def _fake_forward(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, precision: str, gradient: str
+) -> tuple[Tensor, ...]:
     (heads, rows, dim), num_codes = x.shape, codebook.shape[1]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
@@ -27,57 +29,69 @@ def _fake_forward(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str,
         x.new_empty((heads, num_codes, dim), dtype=dtype),
         x.new_empty((heads, num_codes, dim), dtype=dtype),
         x.new_empty((heads,), dtype=torch.int64),
+        x.new_empty((heads, 0 if noise is None else rows, dim)),
     )
 
 
-# x (H, N, D), codebook (H, K, D), mask (H, N) bool or None ->
+# x (H, N, D), codebook (H, K, D), mask (H, N) bool or None, noise (H, N, D) in x.dtype, for gradient="noise" alone ->
 #   quantized (H, N, D) in x.dtype, indices (H, N) int64, commitment_loss (H,), codebook_loss (H,), counts (H, K) int64,
-#   sums (H, K, D), residual_sums (H, K, D), num_rows (H,) int64: the rows that are in.
+#   sums (H, K, D), residual_sums (H, K, D), num_rows (H,) int64: the rows that are in, and codes: (H, N, D) in x.dtype
+#   with noise, where quantized is not the code, else (H, 0, D).
 # Losses and sums are fp32, or fp64 for fp64 x. The two losses are equal; only their gradients differ.
+# metric "cosine": the codebook is normalised already, x is not.
 vector_quantize = register(
     "vector_quantize",
     "vector_quantize",
-    "(Tensor x, Tensor codebook, Tensor? mask, str metric, str precision, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor codebook, Tensor? mask, Tensor? noise, str metric, str precision, str gradient, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_forward,
 )
 
 
-# -> grad_x (H, N, D) in x.dtype, grad_codebook (H, K, D) in the dtype of residual_sums
+# codes (H, N, D): the code of each row -> grad_x (H, N, D) in x.dtype, grad_codebook (H, K, D) in that of residual_sums
 vector_quantize_backward = register(
     "vector_quantize_backward",
     "vector_quantize",
-    "(Tensor x, Tensor quantized, Tensor indices, Tensor residual_sums, Tensor num_rows, "
-    "Tensor? grad_quantized, Tensor grad_commitment, Tensor grad_codebook_loss, str backend) -> (Tensor, Tensor)",
-    lambda x, quantized, indices, residual_sums, *_: (x.new_empty(x.shape), torch.empty_like(residual_sums)),
+    "(Tensor x, Tensor codes, Tensor indices, Tensor residual_sums, Tensor num_rows, Tensor? noise, "
+    "Tensor? grad_quantized, Tensor grad_commitment, Tensor grad_codebook_loss, str metric, str gradient, str backend) "
+    "-> (Tensor, Tensor)",
+    lambda x, codes, indices, residual_sums, *_: (x.new_empty(x.shape), torch.empty_like(residual_sums)),
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, codebook, *_, backend = inputs
-    quantized, indices, _, _, counts, sums, residual_sums, num_rows = output
-    ctx.mark_non_differentiable(indices, counts, sums, residual_sums, num_rows)
+    x, codebook, _, noise, metric, _, gradient, backend = inputs
+    quantized, indices, _, _, counts, sums, residual_sums, num_rows, codes = output
+    ctx.mark_non_differentiable(indices, counts, sums, residual_sums, num_rows, codes)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, quantized, indices, residual_sums, num_rows)
-    ctx.codebook_dtype, ctx.backend = codebook.dtype, backend
+    ctx.save_for_backward(x, quantized if noise is None else codes, indices, residual_sums, num_rows, noise)
+    ctx.codebook_dtype, ctx.options = codebook.dtype, (metric, gradient, backend)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, quantized, indices, residual_sums, num_rows = ctx.saved_tensors
+    x, codes, indices, residual_sums, num_rows, noise = ctx.saved_tensors
     grad_quantized, grad_commitment, grad_codebook_loss = grads[0], grads[2], grads[3]
     zero = residual_sums.new_zeros(num_rows.shape)
     grad_x, grad_codebook = vector_quantize_backward(
         x,
-        quantized,
+        codes,
         indices,
         residual_sums,
         num_rows,
+        noise,
         grad_quantized,
         zero if grad_commitment is None else grad_commitment,
         zero if grad_codebook_loss is None else grad_codebook_loss,
-        ctx.backend,
+        *ctx.options,
     )
-    return grad_x, grad_codebook.to(ctx.codebook_dtype), None, None, None, None
+    return grad_x, grad_codebook.to(ctx.codebook_dtype), None, None, None, None, None, None
+
+
+def _second_backward(_ctx: Any, *_grads: Tensor | None) -> Any:
+    raise NotImplementedError(
+        "the gradient of vector_quantize has no gradient of its own: do not differentiate it twice (create_graph=True)"
+    )
 
 
 torch.library.register_autograd(f"{NAMESPACE}::vector_quantize", _backward, setup_context=_setup_context)
+torch.library.register_autograd(f"{NAMESPACE}::vector_quantize_backward", _second_backward)
