@@ -168,7 +168,7 @@ def vector_quantize(
         RuntimeError: the backend asked for cannot run here.
     """
     check_tensors(x, codebook)
-    _refuse_tangents(x, codebook)
+    refuse_tangents(x, codebook)
     check_option("gradient", gradient, GRADIENTS)
     check_option("metric", metric, METRICS)
     check_option("precision", precision, PRECISIONS)
@@ -226,7 +226,7 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: Back
         RuntimeError: the backend asked for cannot run here.
     """
     check_float("x", x)
-    _refuse_tangents(x)
+    refuse_tangents(x)
     check_indices(indices)
     check_option("backend", backend, BACKENDS)
     if x.shape[:-1] != indices.shape:
@@ -319,7 +319,7 @@ def _unit(vectors: Tensor) -> Tensor:
     return torch.where(finite, F.normalize(safe, dim=-1, eps=COSINE_EPS), torch.nan)
 
 
-def _refuse_tangents(*tensors: Tensor) -> None:
+def refuse_tangents(*tensors: Tensor) -> None:
     """Operators without a forward-mode rule would return a tangent of zero without a word."""
     unpack: Any = forward_ad.unpack_dual
     if forward_ad._current_level >= 0 and any(unpack(t).tangent is not None for t in tensors):

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lamkernels.functional import code_statistics, nearest_code, vector_quantize
-from lamkernels.validation import BACKENDS, METRICS, PRECISIONS, Backend, Metric, Precision, check_option
+from lamkernels.backend import resolve
+from lamkernels.functional import code_statistics, nearest_code, refuse_tangents, vector_quantize
+from lamkernels.validation import (
+    BACKENDS,
+    GRADIENTS,
+    METRICS,
+    PRECISIONS,
+    Backend,
+    Gradient,
+    Metric,
+    Precision,
+    check_option,
+    check_tensors,
+)
 
 
 class VectorQuantize(nn.Module):
@@ -19,10 +33,11 @@ class VectorQuantize(nn.Module):
 
     - initialises the codebook by k-means on the first batch, with ``init="kmeans"``;
     - updates the moving averages in place, with ``update="ema"`` and ``ema_update="forward"``:
-      N ← γN + (1−γ)n, M ← γM + (1−γ)Σx, e = M / ((N + ε) / (ΣN + Kε) · ΣN);
+      N ← γN + (1−γ)n, M ← γM + (1−γ)Σx, e = M / ((N + ε) / (ΣN + Kε) · ΣN); a batch with no row in changes nothing;
     - replaces the codes whose ``cluster_size`` fell below ``dead_code_threshold`` by rows of the batch drawn at random.
 
-    Nothing of this waits for the GPU, allocates an N×K matrix, or rebinds a buffer.
+    None of this allocates an N×K matrix or rebinds a buffer, and but for the k-means, once, nothing waits for the GPU.
+    The backward needs ``quantized`` as it was: write to a copy of it, not to itself.
 
     Args:
         dim: D, the size of a row.
@@ -37,6 +52,8 @@ class VectorQuantize(nn.Module):
         dead_code_threshold: codes with a smaller moving count are replaced; 0 never replaces.
         commitment_weight: weight of the commitment loss in ``loss``.
         codebook_weight: weight of the codebook loss in ``loss``, for ``update="gradient"``.
+        gradient: "ste", "rotation", "noise" or "none", as for :func:`lamkernels.vector_quantize`; in evaluation mode
+            "noise" returns the codes.
         metric: "l2", "cosine" or "dot", as for :func:`lamkernels.nearest_code`.
         precision: as for :func:`lamkernels.nearest_code`.
         backend: as for :func:`lamkernels.nearest_code`.
@@ -45,7 +62,8 @@ class VectorQuantize(nn.Module):
 
     Shape:
         x (..., D) -> quantized (..., D) in the dtype of x, indices (...,) int64, loss () fp32. A row that is not finite
-        is quantised to NaN and gets index 0 (−1 would trip the assertions of an embedding or a cross entropy).
+        is quantised to NaN and gets index 0 (−1 would trip the assertions of an embedding or a cross entropy); a
+        masked row is quantised to 0 and gets index −1.
 
     State:
         codebook (K, D), cluster_size (K,), code_sums (K, D), initialized () bool. ``cluster_size`` and ``code_sums``
@@ -53,9 +71,10 @@ class VectorQuantize(nn.Module):
         code_sums is absent.
 
     Raises:
-        ValueError: an argument is out of its range, named in the message.
-        NotImplementedError: an EMA forward in training under a process group of more than one process: the averages
-            would drift apart between the processes.
+        ValueError: an argument is out of its range, named in the message; or the module was cast to half precision,
+            which the averages cannot bear, and trains.
+        NotImplementedError: a forward in training, under a process group of more than one process, that would let the
+            codebooks of the processes drift apart: EMA, dead codes, k-means.
     """
 
     codebook: Tensor
@@ -77,6 +96,7 @@ class VectorQuantize(nn.Module):
         dead_code_threshold: float = 0.0,
         commitment_weight: float = 1.0,
         codebook_weight: float = 1.0,
+        gradient: Gradient = "ste",
         metric: Metric = "l2",
         precision: Precision = "default",
         backend: Backend = "auto",
@@ -88,6 +108,7 @@ class VectorQuantize(nn.Module):
             ("update", update, ("ema", "gradient")),
             ("ema_update", ema_update, ("forward", "manual")),
             ("init", init, ("uniform", "kmeans")),
+            ("gradient", gradient, GRADIENTS),
             ("metric", metric, METRICS),
             ("precision", precision, PRECISIONS),
             ("backend", backend, BACKENDS),
@@ -109,7 +130,7 @@ class VectorQuantize(nn.Module):
         self.update, self.decay, self.eps, self.ema_update = update, decay, eps, ema_update
         self.init, self.kmeans_iters, self.dead_code_threshold = init, kmeans_iters, dead_code_threshold
         self.commitment_weight, self.codebook_weight = commitment_weight, codebook_weight
-        self.metric, self.precision, self.backend = metric, precision, backend
+        self.gradient, self.metric, self.precision, self.backend = gradient, metric, precision, backend
 
         codebook = torch.empty(codebook_size, dim, device=device, dtype=dtype)
         if update == "gradient":
@@ -134,23 +155,72 @@ class VectorQuantize(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Quantises x (..., D); ``mask`` (...,) bool is False for rows to leave out, which are quantised to zero."""
         learning = self.training and self.ema_update == "forward"
-        if learning and self.update == "ema" and _world_size() > 1:
-            raise NotImplementedError(
-                "VectorQuantize(update='ema') does not synchronise its averages between processes yet; "
-                "use update='gradient', or ema_update='manual' with statistics that you reduce"
-            )
-        if self.training and self._needs_init:
-            self._initialize(x, mask)
-        codebook = self.codebook if self.update == "gradient" else self.codebook.detach()
+        if self.training:
+            self._check_training(learning)
+            if self._needs_init:
+                self._initialize(x, mask)
+        if learning and mask is None and self._is_launch_bound(x):
+            return self._train_step(x)
+        gradient = "ste" if self.gradient == "noise" and not self.training else self.gradient
         out = vector_quantize(
-            x, codebook, mask=mask, metric=self.metric, precision=self.precision, backend=self.backend
+            x,
+            self.codebook if self.update == "gradient" else self.codebook.detach(),
+            mask=mask,
+            gradient=gradient,
+            metric=self.metric,
+            precision=self.precision,
+            backend=self.backend,
         )
         loss = self.commitment_weight * out.commitment_loss
         if self.update == "gradient":
             loss = loss + self.codebook_weight * out.codebook_loss
         if learning:
             self.update_codebook(out.counts, out.sums, x, mask)
-        return out.quantized, out.indices.clamp(min=0), loss
+        indices = out.indices.clamp(min=0)
+        return out.quantized, indices if mask is None else torch.where(mask, indices, -1), loss
+
+    def _check_training(self, learning: bool) -> None:
+        if self.update == "ema" and self.codebook.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"the codebook is {self.codebook.dtype}; moving averages need float32 or float64")
+        drifts = learning and (self.update == "ema" or self.dead_code_threshold > 0)
+        if (drifts or self._needs_init) and _world_size() > 1:
+            raise NotImplementedError(
+                "VectorQuantize does not synchronise its averages, dead codes and k-means between processes yet; use "
+                "update='gradient', init='uniform' and dead_code_threshold=0, or ema_update='manual' with statistics "
+                "that you reduce"
+            )
+
+    def _is_launch_bound(self, x: Tensor) -> bool:
+        """Whether calls, not arithmetic, are the cost of a step, and one compiled call can be all of it."""
+        return (
+            not torch.compiler.is_compiling()
+            and self.update == "ema"
+            and self.metric == "l2"
+            and self.gradient == "ste"
+            and type(x) in (Tensor, nn.Parameter)
+            and x.device.type == "cpu"
+            and resolve(self.backend, "cpu") == "numba"
+            and _train_module().fits(x, self.codebook)
+        )
+
+    def _train_step(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        check_tensors(x, self.codebook)
+        refuse_tangents(x)
+        quantized, indices, loss = _train_module().TrainStep.apply(
+            x, self.codebook, self.cluster_size, self.code_sums, self.decay, self.eps, self.precision
+        )
+        if self.dead_code_threshold > 0:
+            self._replace_dead_codes(x, None)
+        return quantized, indices.clamp(min=0), loss if self.commitment_weight == 1 else self.commitment_weight * loss
+
+    def code_statistics(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`update_codebook` takes, from a forward's x (..., D) and indices (...,).
+
+        Returns:
+            counts (K,) int64 and sums (K, D); of normalised rows with ``metric="cosine"``. Those of several batches, or
+            of several processes, may be added.
+        """
+        return code_statistics(self._normalize(x.detach()), indices, self.codebook_size, backend=self.backend)
 
     @torch.no_grad()
     def update_codebook(
@@ -159,19 +229,20 @@ class VectorQuantize(nn.Module):
         """One in-place update of the averages and, with rows x (..., D) to draw from, of the dead codes.
 
         Args:
-            counts: (K,) int64, as :func:`lamkernels.vector_quantize` and :func:`lamkernels.code_statistics` return.
+            counts: (K,) int64, as :meth:`code_statistics` and :func:`lamkernels.vector_quantize` return.
             sums: (K, D).
             x: (..., D): the rows that replace dead codes; None replaces none.
             mask: (...,) bool: False for rows of x that must not be drawn.
         """
+        weight = torch.where(counts.sum() > 0, 1 - self.decay, 0.0).to(self.cluster_size)  # no row, no change
         if self.update == "ema":
-            self.cluster_size.lerp_(counts.to(self.cluster_size), 1 - self.decay)
-            self.code_sums.lerp_(sums.to(self.code_sums), 1 - self.decay)
+            self.cluster_size.lerp_(counts.to(self.cluster_size), weight)
+            self.code_sums.lerp_(sums.to(self.code_sums), weight)
             total = self.cluster_size.sum()
             smoothed = (self.cluster_size + self.eps) * (total / (total + self.codebook_size * self.eps))
             torch.div(self.code_sums, smoothed[:, None], out=self.codebook)
         elif self.dead_code_threshold > 0:
-            self.cluster_size.lerp_(counts.to(self.cluster_size), 1 - self.decay)
+            self.cluster_size.lerp_(counts.to(self.cluster_size), weight)
         if self.dead_code_threshold > 0 and x is not None:
             self._replace_dead_codes(x, mask)
 
@@ -225,9 +296,16 @@ class VectorQuantize(nn.Module):
 
 def _read_initialized(module: nn.Module, _incompatible: Any) -> None:
     assert isinstance(module, VectorQuantize)
-    module._needs_init = not bool(module.initialized)
+    if not module.initialized.is_meta:
+        module._needs_init = not bool(module.initialized)
 
 
 def _world_size() -> int:
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+@functools.cache
+def _train_module() -> Any:
+    """Loaded when Numba is there and a small step on the CPU asks for it."""
+    return importlib.import_module("lamkernels.ops.vector_quantize.numba_train")

@@ -42,6 +42,25 @@ def threading() -> str:
     return f"{torch.get_num_threads()} threads of torch's OpenMP runtime (torch.set_num_threads)"
 
 
+@functools.cache
+def compiled(kernel: Any) -> Any:
+    """The C function of a kernel, compiled on its first use and then taken from Numba's cache on disk."""
+    import numba
+
+    return numba.cfunc("void(CPointer(int64))", cache=True)(kernel)
+
+
+def call(kernel: Any, parameters: Sequence[int]) -> None:
+    """Runs ``kernel`` (a Numba cfunc) on the calling thread; see :func:`launch`."""
+    array = (ctypes.c_int64 * (len(parameters) + 2))(0, 0, *parameters)
+    _entry(kernel)(ctypes.addressof(array))
+
+
+@functools.cache
+def _entry(kernel: Any) -> Callable[[int], None]:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel.address)
+
+
 def launch(kernel: Any, parameters: Sequence[int], tasks: int, work: int) -> None:
     """Runs ``kernel`` (a Numba cfunc) until its tasks are done; the calling thread takes part.
 
@@ -55,6 +74,6 @@ def launch(kernel: Any, parameters: Sequence[int], tasks: int, work: int) -> Non
     threads = min(torch.get_num_threads(), tasks, 1 + work // MIN_WORK_PER_THREAD)
     parallel = _gomp_parallel() if threads > 1 and not _forked_from else None
     if parallel is None:
-        kernel.ctypes(ctypes.cast(array, ctypes.POINTER(ctypes.c_int64)))
+        _entry(kernel)(ctypes.addressof(array))
     else:
         parallel(kernel.address, ctypes.addressof(array), threads, 0)

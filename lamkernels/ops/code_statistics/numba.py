@@ -11,8 +11,8 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from lamkernels.ops.nearest_code.numba import BITS_BF16, BITS_F16, F32, F64, FLAGS, compiled, elements, rows_of_head
-from lamkernels.ops.parallel import launch
+from lamkernels.ops.nearest_code.numba import BITS_BF16, BITS_F16, F32, F64, FLAGS, elements, rows_of_head
+from lamkernels.ops.parallel import compiled, launch
 from lamkernels.ops.simd import fetch_add, widen
 
 SLICE = 16  # columns: a cache line of fp32

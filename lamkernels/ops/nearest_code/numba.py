@@ -8,16 +8,15 @@ than rounding can make, the fast path has found the minimum, and elsewhere the r
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 from torch import Tensor
 
 from lamkernels.ops.constants import COSINE_EPS
-from lamkernels.ops.parallel import launch
+from lamkernels.ops.parallel import compiled, launch
 from lamkernels.ops.simd import (
     BITS,
     TILE,
@@ -37,17 +36,10 @@ FLAGS: dict[str, Any] = {
     "error_model": "numpy",
     "fastmath": {"reassoc", "contract"},  # not nnan or ninf: NaN and infinity have meanings here
 }
-KERNEL = types.void(types.CPointer(types.int64))
 # Bytes of packed rows in a block, where the codes fit in a panel and where they do not, and of the codes in a panel:
 # together they stay in a 512 KiB cache.
 BLOCK_BYTES, ROW_BYTES, PANEL_BYTES = 96 * 1024, 128 * 1024, 192 * 1024
 CHUNKS, MIN_CHUNK, MAX_CHUNK = 32, 256, 4096  # tasks, and rows in each: a function of the shape, never of the threads
-
-
-@functools.cache
-def compiled(kernel: Any) -> Any:
-    """The C function of a kernel, compiled on its first use and then taken from Numba's cache on disk."""
-    return cfunc(KERNEL, cache=True)(kernel)
 
 
 class Codes(NamedTuple):
@@ -282,7 +274,8 @@ def rows_of_head(a, head, stored):
 
 
 @njit(**FLAGS)
-def _prepare_heads(p, computed):
+def prepare_heads(p, computed):
+    """Prepares the codebook of each head; see :func:`prepare`."""
     a = carray(p, (LOOKUP,))
     while True:
         head = fetch_add(a, 0)
@@ -327,11 +320,11 @@ F32, F64, BITS_BF16, BITS_F16 = np.float32(0), np.float64(0), np.uint16(0), np.i
 
 
 def _prepare_f32(p):
-    _prepare_heads(p, F32)
+    prepare_heads(p, F32)
 
 
 def _prepare_f64(p):
-    _prepare_heads(p, F64)
+    prepare_heads(p, F64)
 
 
 def _nearest_f32(p):
@@ -360,7 +353,7 @@ _NEAREST = {
 
 
 class Lookup(NamedTuple):
-    """A lookup ready to launch: the codebook is prepared. The tensors are held because the parameters point at them."""
+    """The parameters of a lookup. The tensors are held because the parameters point at them."""
 
     parameters: list[int]
     tasks: int
@@ -369,7 +362,15 @@ class Lookup(NamedTuple):
 
 
 def prepare_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out: Tensor) -> Lookup:
-    """Lays out the parameters and prepares the codebook of every head.
+    """Lays out the parameters, as :func:`lay_out_lookup` does, and prepares the codebook of every head."""
+    lookup = lay_out_lookup(x, codebook, metric, precision, out)
+    heads = codebook.shape[0]
+    launch(compiled(_PREPARE[lookup.tensors[1].dtype]), lookup.parameters, heads, codebook.numel())
+    return lookup
+
+
+def lay_out_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out: Tensor) -> Lookup:
+    """Lays out the parameters and allocates the space of the prepared codebooks.
 
     Args:
         x: (H, N, D).
@@ -413,7 +414,6 @@ def prepare_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out
         out.data_ptr(),
         heads,
     ]
-    launch(compiled(_PREPARE[computed]), parameters, heads, heads * num_codes * dim)
     tasks = heads * -(-rows // chunk)
     return Lookup(parameters, tasks, heads * rows * padded * dim, (x, codebook, workspace))
 

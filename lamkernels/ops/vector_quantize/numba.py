@@ -7,6 +7,7 @@ the thread that finishes last. Where it is large, the sums are a pass of their o
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from lamkernels.ops.nearest_code.numba import (
     L2,
     LOOKUP,
     codes_of_head,
-    compiled,
     elements,
     inverse_norm,
     make_scratch,
@@ -33,7 +33,7 @@ from lamkernels.ops.nearest_code.numba import (
     rows_of_head,
     scan,
 )
-from lamkernels.ops.parallel import launch
+from lamkernels.ops.parallel import compiled, launch
 from lamkernels.ops.simd import at, fetch_add, narrow, quantize_rows, widen
 
 # The parameters behind those of the lookup: 0 quantized (H, N, D), 1 codebook in x.dtype, 2 its head stride, 3 mask or
@@ -44,7 +44,8 @@ QUANTIZE = LOOKUP + 16
 
 
 @njit(**FLAGS)
-def _quantize_chunks(p, stored, computed):
+def quantize_chunks(p, stored, computed):
+    """Everything that a chunk of rows takes part in, and for the last chunk the merge of all."""
     a = carray(p, (QUANTIZE,))
     rows, stride, num_codes, dim, chunk, block = a[8], a[4], a[9], a[10], a[15], a[16]
     chunks = (rows + chunk - 1) // chunk
@@ -271,19 +272,19 @@ def _pull(row, codes, to, noise, g, pull):
 
 
 def _quantize_f32(p):
-    _quantize_chunks(p, F32, F32)
+    quantize_chunks(p, F32, F32)
 
 
 def _quantize_f64(p):
-    _quantize_chunks(p, F64, F64)
+    quantize_chunks(p, F64, F64)
 
 
 def _quantize_bf16(p):
-    _quantize_chunks(p, BITS_BF16, F32)
+    quantize_chunks(p, BITS_BF16, F32)
 
 
 def _quantize_f16(p):
-    _quantize_chunks(p, BITS_F16, F32)
+    quantize_chunks(p, BITS_F16, F32)
 
 
 def _backward_f32(p):
@@ -316,8 +317,14 @@ _BACKWARD = {
 }
 
 
+def backward_kernel(dtype: torch.dtype) -> Any:
+    """The C function of the backward for rows of a dtype."""
+    return compiled(_BACKWARD[dtype])
+
+
 @functools.cache
-def _nan_and_zero(dtype: torch.dtype) -> Tensor:
+def nan_and_zero(dtype: torch.dtype) -> Tensor:
+    """What the quantised entries of rows that are not finite, and of masked rows, are copied from."""
     return torch.tensor([torch.nan, 0.0], dtype=dtype)
 
 
@@ -344,7 +351,7 @@ def vector_quantize(
     partial_sums = torch.empty((lookup.tasks, num_codes, dim) if summing else 0, dtype=computed)
     partial_counts = torch.empty((lookup.tasks, num_codes) if summing else 0, dtype=torch.int64)
     partial_loss = torch.empty((lookup.tasks, 2), dtype=torch.float64)
-    fill = _nan_and_zero(x.dtype)
+    fill = nan_and_zero(x.dtype)
     parameters = [
         *lookup.parameters,
         quantized.data_ptr(),
@@ -417,7 +424,7 @@ def vector_quantize_backward(
         gradient == "rotation",
     ]
     tasks = heads * (-(-rows // chunk) + 1)
-    launch(compiled(_BACKWARD[x.dtype]), parameters, tasks, 4 * heads * rows * dim)
+    launch(backward_kernel(x.dtype), parameters, tasks, 4 * heads * rows * dim)
     if pull is not None:
         pulls = torch.empty_like(residual_sums)
         sum_rows(pull, indices, None, num_rows.new_empty((heads, num_codes)), pulls, None)
