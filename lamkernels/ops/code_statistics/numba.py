@@ -11,7 +11,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from lamkernels.ops.nearest_code.numba import BITS_BF16, BITS_F16, F32, F64, FLAGS, elements, rows_of_head
+from lamkernels.ops.nearest_code.numba import BITS_BF16, BITS_F16, F32, F64, FLAGS, elements
 from lamkernels.ops.parallel import compiled, launch
 from lamkernels.ops.simd import fetch_add, widen
 
@@ -36,25 +36,24 @@ def _partial_sums(p, stored, computed):
             return
         part, begin = task // slices, task % slices * SLICE
         head, chunk = part // chunks, part % chunks
-        x = rows_of_head(a, head, stored)
         indices = elements(a[12], head * rows, rows, np.int64(0))
-        sums = elements(a[7], part * num_codes * dim, num_codes * dim, np.float64(0))
         end, first, stop = min(begin + SLICE, dim), min(chunk * size, rows), min((chunk + 1) * size, rows)
+        width = end - begin
         for k in range(num_codes):
-            sums[k * dim + begin : k * dim + end] = 0.0
-        if a[5] != 0:
-            codes = elements(a[5], head * a[6], num_codes * dim, computed)
-            for n in range(first, stop):
-                if indices[n] >= 0:
-                    k = indices[n] * dim
-                    for d in range(begin, end):
-                        sums[k + d] += np.float64(widen(x[n * stride + d])) - np.float64(codes[k + d])
-        else:
-            for n in range(first, stop):
-                if indices[n] >= 0:
-                    k = indices[n] * dim
-                    for d in range(begin, end):
-                        sums[k + d] += widen(x[n * stride + d])
+            elements(a[7], (part * num_codes + k) * dim + begin, width, np.float64(0))[:] = 0.0
+        for n in range(first, stop):
+            k = indices[n]
+            if k >= 0:
+                # arrays of their own, whose indices the compiler knows not to be negative: the loops are vectorised
+                row = elements(a[2], head * a[3] + n * stride + begin, width, stored)
+                sums = elements(a[7], (part * num_codes + k) * dim + begin, width, np.float64(0))
+                if a[5] == 0:
+                    for d in range(width):
+                        sums[d] += widen(row[d])
+                else:
+                    code = elements(a[5], head * a[6] + k * dim + begin, width, computed)
+                    for d in range(width):
+                        sums[d] += np.float64(widen(row[d])) - np.float64(code[d])
         if begin == 0:
             counts = elements(a[11], part * num_codes, num_codes, np.int64(0))
             counts[:] = 0
@@ -98,13 +97,13 @@ def _countable_rows(p, stored):
         if task >= a[19] * CHUNKS:
             return
         head, chunk = task // CHUNKS, task % CHUNKS
-        x = rows_of_head(a, head, stored)
         given = elements(a[7], head * rows, rows, np.int64(0))
         indices = elements(a[12], head * rows, rows, np.int64(0))
         for n in range(min(chunk * size, rows), min((chunk + 1) * size, rows)):
             check = 0.0
-            for d in range(n * a[4], n * a[4] + dim):
-                check += widen(x[d]) * 0.0
+            row = elements(a[2], head * a[3] + n * a[4], dim, stored)
+            for d in range(dim):
+                check += widen(row[d]) * 0.0
             indices[n] = given[n] if check == 0.0 and 0 <= given[n] < a[9] else -1
 
 

@@ -152,11 +152,11 @@ def score_in_fp64(x, code, euclidean):
 
 
 @njit(**FLAGS)
-def inverse_norm(x, first, dim):
-    """1 / ‖x‖ of the row that starts at element ``first``, the norm clamped as for the cosine."""
+def inverse_norm(row):
+    """1 / ‖x‖, the norm clamped as for the cosine."""
     square = 0.0
-    for d in range(first, first + dim):
-        square += np.float64(widen(x[d])) ** 2
+    for d in range(row.shape[0]):
+        square += np.float64(widen(row[d])) ** 2
     return 1.0 / max(np.sqrt(square), COSINE_EPS)
 
 
@@ -309,10 +309,11 @@ def _nearest_chunks(p, stored, computed):
                 for n in range(start, stop):
                     distance[n] = np.nan
                     if out[n] >= 0:
-                        score = score_in_fp64(x[n * stride : n * stride + dim], codebook[out[n]], options[0])
+                        row = x[n * stride : n * stride + dim]
+                        score = score_in_fp64(row, codebook[out[n]], options[0])
                         distance[n] = score if a[12] == L2 else -score
                         if a[12] == COSINE:
-                            distance[n] *= inverse_norm(x, n * stride, dim)
+                            distance[n] *= inverse_norm(row)
 
 
 # The scalar whose type stands for a stored dtype: bf16 and fp16 travel as bit patterns.

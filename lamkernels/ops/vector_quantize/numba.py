@@ -86,7 +86,7 @@ def quantize_chunks(p, stored, computed):
                     chosen[n * dim : (n + 1) * dim] = fill[0]
             if a[12] == COSINE:
                 for n in range(start, stop):
-                    scales[n - start] = inverse_norm(x, n * stride, dim)
+                    scales[n - start] = inverse_norm(x[n * stride : n * stride + dim])
             inside += quantize_rows(
                 at(x, start * stride), stride, at(out, start), stop - start, dim, at(codebook, 0), at(stored_codes, 0),
                 at(chosen, start * dim), at(sums, 0), at(counts, 0), at(loss, 0), summing, at(scales, 0),
@@ -94,7 +94,8 @@ def quantize_chunks(p, stored, computed):
             if a[LOOKUP + 14] != 0:
                 for n in range(start, stop):
                     if out[n] >= 0:
-                        _substitute(x, n * stride, scales[n - start], chosen, noise, n * dim, dim, quantized, stored)
+                        row, here = x[n * stride : n * stride + dim], slice(n * dim, (n + 1) * dim)
+                        _substitute(row, scales[n - start], chosen[here], noise[here], quantized[here], stored)
         part = elements(a[LOOKUP + 7], task * 2, 2, np.float64(0))
         part[0], part[1] = loss[0], inside
         if fetch_add(a, 1) == chunks * a[18] - 1:
@@ -103,15 +104,15 @@ def quantize_chunks(p, stored, computed):
 
 
 @njit(**FLAGS)
-def _substitute(x, first, scale, codes, noise, to, dim, quantized, stored):
-    """NSVQ: quantized = x + (‖x − c‖ / ‖v‖ + ε) v of one row, which starts at x[first], and elsewhere at ``to``."""
+def _substitute(row, scale, code, noise, quantized, stored):
+    """NSVQ: quantized = x + (‖x − c‖ / ‖v‖ + ε) v of one row."""
     residual, length = 0.0, 0.0
-    for d in range(dim):
-        residual += (np.float64(widen(x[first + d]) * scale) - np.float64(widen(codes[to + d]))) ** 2
-        length += np.float64(widen(noise[to + d])) ** 2
+    for d in range(row.shape[0]):
+        residual += (np.float64(widen(row[d]) * scale) - np.float64(widen(code[d]))) ** 2
+        length += np.float64(widen(noise[d])) ** 2
     factor = np.sqrt(residual / length) + NOISE_EPS if length > 0.0 else 0.0
-    for d in range(dim):
-        quantized[to + d] = narrow(widen(x[first + d]) * scale + factor * widen(noise[to + d]), stored)
+    for d in range(row.shape[0]):
+        quantized[d] = narrow(widen(row[d]) * scale + factor * widen(noise[d]), stored)
 
 
 @njit(**FLAGS)
@@ -159,6 +160,7 @@ def _backward_chunks(p, stored, computed):
     rows, num_codes, dim, chunk = a[8], a[9], a[10], a[21]
     chunks = (rows + chunk - 1) // chunk + 1  # the last one is the codebook's
     general = a[22] != 0 or a[24] != 0 or (a[25] != 0 and a[7] != 0)
+    flat = not general and a[4] == dim and (a[7] == 0 or (a[12] == dim and a[13] == 1))  # all rows in one piece
     scratch = np.zeros(dim), np.zeros(dim)
     while True:
         task = fetch_add(a, 0)
@@ -175,98 +177,119 @@ def _backward_chunks(p, stored, computed):
                 grad_codebook[i] = weight * residual_sums[i]
             continue
         weight = narrow(scale * elements(a[14], head, 1, computed)[0], computed)
-        x = rows_of_head(a, head, stored)
-        codes = elements(a[5], head * rows * dim, rows * dim, stored)
         indices = elements(a[6], head * rows, rows, np.int64(0))
-        grad_x = elements(a[18], head * rows * dim, rows * dim, stored)
-        for n in range(first, min(first + chunk, rows)):
-            to, at_row = n * dim, n * a[4]
+        stop = min(first + chunk, rows)
+        if flat:
+            least = indices[first]
+            for n in range(first, stop):
+                least = min(least, indices[n])
+            if least >= 0:  # all rows in one piece: one loop to vectorise
+                x, codes, grad, grad_x = _row(a, head, first, (stop - first) * dim, stored)
+                if a[7] == 0:
+                    for i in range(x.shape[0]):
+                        grad_x[i] = narrow(weight * (widen(x[i]) - widen(codes[i])), stored)
+                else:
+                    for i in range(x.shape[0]):
+                        grad_x[i] = narrow(widen(grad[i]) + weight * (widen(x[i]) - widen(codes[i])), stored)
+                continue
+        for n in range(first, stop):
+            x, codes, grad, grad_x = _row(a, head, n, dim, stored)
             if indices[n] < 0:
                 for d in range(dim):
-                    grad_x[to + d] = 0
+                    grad_x[d] = 0
             elif general:
-                _general_row(a, head, n, x, codes, weight, grad_x, scratch, stored, computed)
+                _general_row(a, (head * rows + n) * dim, x, codes, grad, weight, grad_x, scratch, stored, computed)
             elif a[7] == 0:
                 for d in range(dim):
-                    grad_x[to + d] = narrow(weight * (widen(x[at_row + d]) - widen(codes[to + d])), stored)
+                    grad_x[d] = narrow(weight * (widen(x[d]) - widen(codes[d])), stored)
             elif a[13] == 1:
-                grad = elements(a[7], head * a[11] + n * a[12], dim, stored)
                 for d in range(dim):
-                    residual = widen(x[at_row + d]) - widen(codes[to + d])
-                    grad_x[to + d] = narrow(widen(grad[d]) + weight * residual, stored)
+                    grad_x[d] = narrow(widen(grad[d]) + weight * (widen(x[d]) - widen(codes[d])), stored)
             else:  # an expanded gradient, as sum() sends it
-                same = widen(elements(a[7], head * a[11] + n * a[12], 1, stored)[0])
+                same = widen(grad[0])
                 for d in range(dim):
-                    residual = widen(x[at_row + d]) - widen(codes[to + d])
-                    grad_x[to + d] = narrow(same + weight * residual, stored)
+                    grad_x[d] = narrow(same + weight * (widen(x[d]) - widen(codes[d])), stored)
 
 
 @njit(**FLAGS)
-def _general_row(a, head, n, x, codes, weight, grad_x, scratch, stored, computed):
+def _row(a, head, n, size, stored):
+    """``size`` entries from row n of a head on: of x, its codes, the gradient of quantized, and the gradient of x.
+
+    Arrays of their own: in one of the whole head an index might be negative for all the compiler knows, and no loop
+    over it is vectorised.
+    """
+    at = (head * a[8] + n) * a[10]
+    return (
+        elements(a[2], head * a[3] + n * a[4], size, stored),
+        elements(a[5], at, size, stored),
+        elements(a[7], head * a[11] + n * a[12], (size - 1) * a[13] + 1, stored),
+        elements(a[18], at, size, stored),
+    )
+
+
+@njit(**FLAGS)
+def _general_row(a, at, x, codes, grad, weight, grad_x, scratch, stored, computed):
     """The gradient of one row under the rotation trick, noise substitution or the cosine, in fp64."""
-    dim, at_row, to = a[10], n * a[4], n * a[10]
     row, g = scratch
+    dim = row.shape[0]
     cosine, rotation, noisy = a[24] != 0, a[25] != 0, a[22] != 0
-    inverse = inverse_norm(x, at_row, dim) if cosine else 1.0
+    inverse = inverse_norm(x) if cosine else 1.0
     for d in range(dim):
-        row[d] = np.float64(widen(x[at_row + d])) * inverse
+        row[d] = np.float64(widen(x[d])) * inverse
         g[d] = 0.0
     if a[7] != 0:
-        start = head * a[11] + n * a[12]
-        grad = elements(a[7], start, (dim - 1) * a[13] + 1, stored)
         for d in range(dim):
             g[d] = widen(grad[d * a[13]])
         if rotation:
-            _rotate(row, codes, to, g)
+            _rotate(row, codes, g)
         elif noisy:
-            noise = elements(a[22], (head * a[8] + n) * dim, dim, stored)
-            _pull(row, codes, to, noise, g, elements(a[23], (head * a[8] + n) * dim, dim, computed))
+            _pull(row, codes, elements(a[22], at, dim, stored), g, elements(a[23], at, dim, computed))
     along = 0.0
     for d in range(dim):
-        g[d] += weight * (row[d] - widen(codes[to + d]))
+        g[d] += weight * (row[d] - widen(codes[d]))
         along += g[d] * row[d]
     if not cosine or inverse == 1.0 / COSINE_EPS:  # a clamped norm is a constant
         along = 0.0
     for d in range(dim):
-        grad_x[to + d] = narrow((g[d] - along * row[d]) * inverse, stored)
+        grad_x[d] = narrow((g[d] - along * row[d]) * inverse, stored)
 
 
 @njit(**FLAGS)
-def _rotate(row, codes, to, g):
+def _rotate(row, codes, g):
     """g ← s(g − 2(g·w)w + 2(g·q̂)u), in place."""
     dim = row.shape[0]
     length, target = 0.0, 0.0
     for d in range(dim):
         length += row[d] * row[d]
-        target += np.float64(widen(codes[to + d])) ** 2
+        target += np.float64(widen(codes[d])) ** 2
     norm = np.sqrt(target)
     to_unit, target_to_unit = 1.0 / max(np.sqrt(length), ROTATION_EPS), 1.0 / max(norm, ROTATION_EPS)
     both, along_both, along_target = 0.0, 0.0, 0.0
     for d in range(dim):
-        towards = widen(codes[to + d]) * target_to_unit
+        towards = widen(codes[d]) * target_to_unit
         w = row[d] * to_unit + towards
         both += w * w
         along_both += g[d] * w
         along_target += g[d] * towards
     along_both /= max(np.sqrt(both), ROTATION_EPS) ** 2
     for d in range(dim):
-        u, towards = row[d] * to_unit, widen(codes[to + d]) * target_to_unit
+        u, towards = row[d] * to_unit, widen(codes[d]) * target_to_unit
         g[d] = norm * to_unit * (g[d] - 2.0 * along_both * (u + towards) + 2.0 * along_target * u)
 
 
 @njit(**FLAGS)
-def _pull(row, codes, to, noise, g, pull):
+def _pull(row, codes, noise, g, pull):
     """NSVQ: g ← g + a(x − c)/r, in place; the second part is kept for the code."""
     dim = row.shape[0]
     along, length, distance = 0.0, 0.0, 0.0
     for d in range(dim):
         along += g[d] * widen(noise[d])
         length += np.float64(widen(noise[d])) ** 2
-        distance += (row[d] - widen(codes[to + d])) ** 2
+        distance += (row[d] - widen(codes[d])) ** 2
     size = np.sqrt(length) * np.sqrt(distance)
     factor = along / size if size > 0.0 else 0.0
     for d in range(dim):
-        part = factor * (row[d] - widen(codes[to + d]))
+        part = factor * (row[d] - widen(codes[d]))
         pull[d] = part
         g[d] += part
 
