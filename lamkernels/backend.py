@@ -35,8 +35,12 @@ def _status(backend: str) -> BackendStatus:
     if backend in ("numba", "triton"):
         try:
             importlib.import_module(backend)
-        except Exception as error:  # an installation can be broken in any way; the reason is what the user needs
+            importlib.import_module(f"lamkernels.ops.nearest_code.{backend}")
+        except ImportError as error:
             return BackendStatus(False, f"import {backend} fails ({error}); pip install {backend}")
+        except Exception as error:  # an installation can be broken in any way; the reason is what the user needs
+            hint = "; NUMBA_CACHE_DIR names a folder to cache in" if "cache" in str(error) else ""
+            return BackendStatus(False, f"the {backend} kernels do not load ({error}){hint}")
     if backend == "triton":
         return BackendStatus(True, "CPU tensors, in Triton's interpreter" if interpreted else "CUDA and ROCm tensors")
     return BackendStatus(True, "CPU tensors" if backend == "numba" else "CPU, CUDA and ROCm tensors")

@@ -25,6 +25,7 @@ from lamkernels.validation import (
     check_codebook,
     check_float,
     check_indices,
+    check_integer,
     check_mask,
     check_option,
     check_tensors,
@@ -211,7 +212,7 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: Back
     Bitwise reproducible for a fixed shape and device. The gradient of ``sums`` goes to x.
 
     Args:
-        x: (..., D); float32, float16, bfloat16 or float64, any strides.
+        x: (..., D) with D at least 1; float32, float16, bfloat16 or float64, any strides.
         indices: (...,) int64. A row whose index is outside [0, num_codes), such as −1, or that is not finite, is in no
             count and no sum.
         num_codes: K, at least 1.
@@ -235,8 +236,9 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: Back
         )
     if indices.device != x.device:
         raise ValueError(f"indices is on {indices.device} and x on {x.device}; they must be on one device")
-    if num_codes < 1:
-        raise ValueError(f"num_codes is {num_codes}; it must be at least 1")
+    check_integer("num_codes", num_codes)
+    if x.shape[-1] < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its rows must have at least 1 entry")
     dim = x.shape[-1]
     counts, sums = _code_statistics(x.reshape(1, -1, dim), indices.reshape(1, -1), num_codes, backend)
     return counts.squeeze(0), sums.squeeze(0)
@@ -255,7 +257,8 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
     Raises:
         TypeError: indices is not int64, or codebook is not a floating-point tensor.
         ValueError: the shapes or devices do not fit.
-        IndexError: on the CPU, an index is below −1 or not below K. (On a GPU it trips torch's device assertion.)
+        IndexError: on the CPU, an index is below −1 or not below K. (On a GPU, and in compiled code, it trips torch's
+            own assertion.)
     """
     check_float("codebook", codebook)
     check_codebook(codebook)
@@ -270,17 +273,16 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
             f"{codebook.shape[0]}"
         )
     num_codes, dim = codebook.shape[-2:]
-    if indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel():
-        low, high = (int(v) for v in torch.aminmax(indices))
-        if low < -1 or high >= num_codes:
-            raise IndexError(f"indices range from {low} to {high}; they must be in [-1, {num_codes - 1}]")
-    safe = indices.clamp(min=0)
-    if codebook.ndim == 3:
-        flat = safe.reshape(codebook.shape[0], -1, 1).expand(-1, -1, dim)
-        codes = codebook.gather(1, flat).reshape(*indices.shape, dim)
-    else:
-        codes = F.embedding(safe, codebook)
-    return codes.masked_fill((indices < 0)[..., None], torch.nan)
+    safe = indices.masked_fill(indices == -1, 0)
+    try:
+        if codebook.ndim == 3:
+            flat = safe.reshape(codebook.shape[0], -1, 1).expand(-1, -1, dim)
+            codes = codebook.gather(1, flat).reshape(*indices.shape, dim)
+        else:
+            codes = F.embedding(safe, codebook)
+    except (IndexError, RuntimeError) as error:
+        raise IndexError(f"an index is outside [-1, {num_codes - 1}]: {error}") from error
+    return codes.masked_fill((indices == -1)[..., None], torch.nan)
 
 
 def _noise(x: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -23,12 +23,30 @@ def check_option(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
 
 
+def check_integer(name: str, value: int) -> None:
+    """An int (or a symbolic one, in compiled code) of at least 1, else TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} is {value!r}; it must be an int")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+def check_number(name: str, value: float, valid: Callable[[float], bool], rule: str) -> None:
+    """A real number that is valid, else TypeError or ValueError with the rule."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+    if not valid(value):
+        raise ValueError(f"{name} is {value}; it must be {rule}")
+
+
 def check_float(name: str, tensor: Tensor) -> None:
     """A tensor (..., D) of a supported floating dtype, else TypeError or ValueError."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} is {tensor.dtype}; it must be float32, float16, bfloat16 or float64")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; it must be dense (torch.strided)")
     if tensor.ndim == 0:
         raise ValueError(f"{name} is a scalar; it must have an axis of vectors, (..., D)")
 
@@ -43,9 +61,9 @@ def check_indices(indices: Tensor) -> None:
 
 def check_codebook(codebook: Tensor) -> None:
     """(K, D) or (H, K, D), neither K nor D zero, else ValueError."""
-    if codebook.ndim not in (2, 3) or codebook.shape[-1] < 1 or codebook.shape[-2] < 1:
+    if codebook.ndim not in (2, 3) or codebook.numel() == 0:
         raise ValueError(
-            f"codebook has shape {tuple(codebook.shape)}; it must be (K, D) or (H, K, D) with K and D at least 1"
+            f"codebook has shape {tuple(codebook.shape)}; it must be (K, D) or (H, K, D) with H, K and D at least 1"
         )
 
 

@@ -78,6 +78,16 @@ def test_cosine_is_the_largest_product_of_normalised_vectors(backend):
     assert (products.reshape(-1, 12).amax(1) - flat <= 1e-6).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scales", [(1e-30, 1e-14), (1e-38, 1e-7), (1e-38, 1e-10), (1e30, 1e-30), (1e-20, 1e30)])
+def test_dot_products_of_any_size(backend, scales, dtype):
+    x, codebook = ((scale * torch.randn(200, 7)).to(dtype) for scale in scales)
+    x[3] = 0
+    indices = lk.nearest_code(x, codebook, metric="dot", backend=backend)
+    assert_contract(x, codebook, indices, "dot")
+    assert indices[3] == 0
+
+
 def test_half_rows_with_an_fp32_codebook(backend):
     for dtype in (torch.bfloat16, torch.float16):
         x, codebook = torch.randn(300, 24).to(dtype), torch.randn(40, 24)

@@ -174,6 +174,13 @@ def test_a_codebook_per_head_counts_every_row_once(backend):
         torch.testing.assert_close(codebook.grad[head], leaf.grad)
 
 
+def test_a_loss_past_the_squares_of_fp32(backend):
+    x, codebook = torch.zeros(1000, 4), torch.zeros(3, 4)
+    x[7, 2] = 2e19
+    out = lk.vector_quantize(x, codebook, backend=backend)
+    torch.testing.assert_close(out.commitment_loss, torch.tensor(4e38 / 4000))
+
+
 def test_cosine_compares_normalised_vectors(backend):
     x, codebook = torch.randn(60, 8, requires_grad=True), torch.randn(7, 8, requires_grad=True)
     out = lk.vector_quantize(x, codebook, metric="cosine", backend=backend)

@@ -20,6 +20,8 @@ from lamkernels.validation import (
     Gradient,
     Metric,
     Precision,
+    check_integer,
+    check_number,
     check_option,
     check_tensors,
 )
@@ -116,16 +118,16 @@ class VectorQuantize(nn.Module):
             check_option(name, option, allowed)
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype is {dtype}; it must be float32 or float64")
-        for name, value, valid, rule in (
-            ("dim", dim, dim >= 1, "at least 1"),
-            ("codebook_size", codebook_size, codebook_size >= 1, "at least 1"),
-            ("decay", decay, 0 <= decay <= 1, "in [0, 1]"),
-            ("eps", eps, eps > 0, "positive"),
-            ("kmeans_iters", kmeans_iters, kmeans_iters >= 1, "at least 1"),
-            ("dead_code_threshold", dead_code_threshold, dead_code_threshold >= 0, "at least 0"),
+        for name, size in (("dim", dim), ("codebook_size", codebook_size), ("kmeans_iters", kmeans_iters)):
+            check_integer(name, size)
+        check_number("decay", decay, lambda value: 0 <= value <= 1, "in [0, 1]")
+        check_number("eps", eps, lambda value: value > 0, "positive")
+        for name, value in (
+            ("dead_code_threshold", dead_code_threshold),
+            ("commitment_weight", commitment_weight),
+            ("codebook_weight", codebook_weight),
         ):
-            if not valid:
-                raise ValueError(f"{name} is {value}; it must be {rule}")
+            check_number(name, value, lambda value: value >= 0, "at least 0")
         self.dim, self.codebook_size = dim, codebook_size
         self.update, self.decay, self.eps, self.ema_update = update, decay, eps, ema_update
         self.init, self.kmeans_iters, self.dead_code_threshold = init, kmeans_iters, dead_code_threshold

@@ -59,6 +59,18 @@ def product_limit(largest_code: tensor, largest_norm: tensor, dim: tensor) -> te
 
 
 @triton.jit
+def must_scan(largest: tensor, limit: tensor, dim: tensor, L2: tl.constexpr) -> tensor:
+    """Whether fp32 must not decide rows [BN] whose largest entry is this: a sum may overflow, or every product vanish.
+
+    ``limit`` is 2¹²⁰ / (D · largest code), so the second test is largest entry · largest code < 2⁻¹⁰⁰.
+    """
+    again = (largest > limit) | (largest == float("inf"))
+    if not L2:
+        again = again | ((largest > 0) & (largest < limit * 2.0**-110 * (dim * 2.0**-110)))
+    return again
+
+
+@triton.jit
 def resident_norms(
     codebook: tensor, stride: tensor, num_codes: tensor, dim: tensor,
     L2: tl.constexpr, CENTRE: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
@@ -91,7 +103,7 @@ def resident_norms(
 def nearest_resident(
     x: tensor, codebook: tensor, stride: tensor, num_codes: tensor, dim: tensor, centre: tensor, half_norm: tensor,
     limit: tensor,
-    CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    L2: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> tensor:  # fmt: skip
     """Index [BN] of the nearest code of each row, −1 without a finite code, and whether a row must be scanned again.
 
@@ -104,7 +116,7 @@ def nearest_resident(
     wide = x.to(tl.float32)  # [BN, BD]
     if CENTRE:
         wide = wide - centre[None, :]
-    again = tl.max(tl.where(tl.abs(wide) <= limit, 0, 1), axis=1) > 0
+    again = must_scan(tl.max(tl.where(tl.abs(wide) <= limit, tl.abs(wide), float("inf")), axis=1), limit, dim, L2)
     if NATIVE:
         product = tl.dot(x, tl.trans(code), input_precision="ieee", out_dtype=tl.float32)
     else:

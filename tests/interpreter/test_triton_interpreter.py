@@ -244,6 +244,14 @@ def test_the_public_functions_reach_the_kernels() -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("scales", [(1e-30, 1e-14), (1e-38, 1e-7), (1e30, 1e-30)])
+def test_dot_products_of_any_size(scales: tuple[float, float], path: str) -> None:
+    x, codebook = (scale * torch.randn(1, 70, 7) for scale in scales)
+    x[0, 3] = 0
+    indices, _ = nearest.nearest_code(x, codebook, "dot", "default", False)
+    assert_contract(x[0], codebook[0], indices[0], "dot")
+
+
 def test_a_loss_past_the_squares_of_fp32(path: str) -> None:
     x, codebook = torch.zeros(1, 60, 4), torch.zeros(1, 2, 4)
     x[0, 7, 2] = 2e19

@@ -124,14 +124,17 @@ def _rounded_mean(codebook, finite, count, mean):
 def nearest_in_fp64(x, codebook, finite, euclidean):
     """The index of the nearest code of one row (D,) by fp64 differences; −1 if the row or every code is not finite."""
     num_codes, dim = codebook.shape
-    check = 0.0
+    check, zero = 0.0, not euclidean
     for d in range(dim):
         check += widen(x[d]) * 0.0
+        zero = zero and widen(x[d]) == 0.0
     if check != 0.0:
         return -1
     best, index = np.inf, -1
     for k in range(num_codes):
         if finite[k]:
+            if zero:
+                return k  # every product is 0
             score = score_in_fp64(x, codebook[k], euclidean)
             if score < best or index < 0:
                 best, index = score, k
@@ -193,6 +196,10 @@ def scan(x, stride, first, stop, last, codebook, codes, options, scratch, out):
             else:
                 for k in range(start, end, TILE):
                     micro(t, at(codes.packed, k * dim), at(codes.half_norm, k), dim, k, b, j)
+    if not euclidean:  # products that may underflow, in a score that nothing else is added to
+        tiny = 1e-300 if best.itemsize == 8 else 1e-74
+        for n in range(stop - first):
+            bad[n] |= np.float64(square[n]) * np.float64(codes.radius[0]) ** 2 < tiny
     if exact:
         _mark_undecided(best, second, square, stop - first, dim, codes.radius[0], bad)
     for n in range(stop - first):

@@ -21,6 +21,7 @@ from lamkernels.ops.triton_common import (
     Arithmetic,
     arithmetic,
     chosen_score,
+    must_scan,
     nearest_resident,
     on_device,
     persistent_programs,
@@ -48,7 +49,7 @@ def nearest_code_resident_kernel(
         rows = x + head * x_h + row * x_n
         entries = tl.load(rows[:, None] + d[None, :], mask=present[:, None] & (d < dim)[None, :], other=0.0)  # [BN, BD]
         index, again = nearest_resident(
-            entries, codebook, c_k, num_codes, dim, centre, half_norm, limit, CENTRE, NATIVE, DOT, BK, BD
+            entries, codebook, c_k, num_codes, dim, centre, half_norm, limit, L2, CENTRE, NATIVE, DOT, BK, BD
         )
         store_nearest(
             index, again & present, rows, row, present, codebook, c_k, indices + head * num_rows,
@@ -96,10 +97,11 @@ def nearest_code_streamed_kernel(
     half_norm += head * padded_codes
     centre += head * padded_dim
     bound = tl.load(limit + head)
-    again = tl.zeros([BN], tl.int32)
+    largest = tl.zeros([BN], tl.float32)
     for start in range(0, dim, BD):
         entry = centred_rows(rows, present, centre, start, dim, CENTRE, False, BD).to(tl.float32)
-        again = tl.maximum(again, tl.max(tl.where(tl.abs(entry) <= bound, 0, 1), axis=1))
+        largest = tl.maximum(largest, tl.max(tl.where(tl.abs(entry) <= bound, tl.abs(entry), float("inf")), axis=1))
+    again = must_scan(largest, bound, dim, L2)
     best = tl.full([BN], float("inf"), tl.float32)
     index = tl.full([BN], -1, tl.int32)
     entry = centred_rows(rows, present, centre, 0, dim, CENTRE, NATIVE, BD)  # [BN, BD]
@@ -122,7 +124,7 @@ def nearest_code_streamed_kernel(
         index = tl.where(better, tile_index, index)
         best = tl.where(better, tile_best, best)
     store_nearest(
-        index, (again > 0) & present, rows, row, present, codebook + head * c_h, c_k, indices + head * num_rows,
+        index, again & present, rows, row, present, codebook + head * c_h, c_k, indices + head * num_rows,
         distance + head * num_rows, num_codes, dim, L2, COSINE, DISTANCE, BN, 16, BD,
     )  # fmt: skip
 

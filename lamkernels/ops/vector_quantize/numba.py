@@ -87,10 +87,13 @@ def quantize_chunks(p, stored, computed):
             if a[12] == COSINE:
                 for n in range(start, stop):
                     scales[n - start] = inverse_norm(x[n * stride : n * stride + dim])
+            before = loss[0]
             inside += quantize_rows(
                 at(x, start * stride), stride, at(out, start), stop - start, dim, at(codebook, 0), at(stored_codes, 0),
                 at(chosen, start * dim), at(sums, 0), at(counts, 0), at(loss, 0), summing, at(scales, 0),
             )  # fmt: skip
+            if not loss[0] < np.inf:
+                loss[0] = before + _loss_in_fp64(x, stride, start, stop, out, codebook, scales)
             if a[LOOKUP + 14] != 0:
                 for n in range(start, stop):
                     if out[n] >= 0:
@@ -101,6 +104,18 @@ def quantize_chunks(p, stored, computed):
         if fetch_add(a, 1) == chunks * a[18] - 1:
             for h in range(a[18]):
                 _finish(a, h, chunks, computed)
+
+
+@njit(**FLAGS)
+def _loss_in_fp64(x, stride, start, stop, indices, codebook, scales):
+    """The squared residuals of a block where those of fp32 overflow."""
+    total = 0.0
+    for n in range(start, stop):
+        if indices[n] >= 0:
+            row, code = x[n * stride : n * stride + codebook.shape[1]], codebook[indices[n]]
+            for d in range(code.shape[0]):
+                total += (np.float64(widen(row[d])) * scales[n - start] - np.float64(code[d])) ** 2
+    return total
 
 
 @njit(**FLAGS)

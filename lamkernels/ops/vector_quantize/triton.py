@@ -69,7 +69,7 @@ def vector_quantize_fwd_kernel(
         rows = x + head * x_h + row * x_n
         entry = tl.load(rows[:, None] + d[None, :], mask=present[:, None] & (d < dim)[None, :], other=0.0)  # [BN, BD]
         index, again = nearest_resident(
-            entry, codebook, c_k, num_codes, dim, centre, half_norm, limit, CENTRE, NATIVE, DOT, BK, BD
+            entry, codebook, c_k, num_codes, dim, centre, half_norm, limit, L2, CENTRE, NATIVE, DOT, BK, BD
         )
         again = again & kept
         if tl.max(again.to(tl.int32), axis=0) > 0:
