@@ -9,19 +9,23 @@ from lamkernels import ops as _ops  # noqa: F401  (registers the operators)
 from lamkernels._version import __version__
 from lamkernels.backend import BackendStatus, available_backends
 from lamkernels.functional import VQOutput, code_statistics, lookup, nearest_code, vector_quantize
-from lamkernels.nn import VectorQuantize
+from lamkernels.lookup_free import finite_scalar_codes, finite_scalar_quantize
+from lamkernels.nn import FSQ, VectorQuantize
 
 if TYPE_CHECKING:
     from lamkernels import lam
 
 
 __all__ = [
+    "FSQ",
     "BackendStatus",
     "VQOutput",
     "VectorQuantize",
     "__version__",
     "available_backends",
     "code_statistics",
+    "finite_scalar_codes",
+    "finite_scalar_quantize",
     "lam",
     "lookup",
     "nearest_code",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -85,3 +86,13 @@ def check_tensors(x: Tensor, codebook: Tensor) -> None:
         )
     if x.device != codebook.device:
         raise ValueError(f"x is on {x.device} and codebook on {codebook.device}; they must be on one device")
+
+
+def check_levels(levels: Sequence[int]) -> list[int]:
+    """At least one level count, each at least 2, with a product that int64 can index, else TypeError or ValueError."""
+    counts = list(levels)
+    if not all(isinstance(count, int) for count in counts):
+        raise TypeError(f"levels is {levels!r}; it must be a sequence of integers")
+    if not counts or min(counts) < 2 or math.prod(counts) >= 2**63:
+        raise ValueError(f"levels is {counts}; there must be at least one, each at least 2, with a product below 2**63")
+    return counts

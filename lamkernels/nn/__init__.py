@@ -1,5 +1,6 @@
 """Modules: bottlenecks of latent action models, fused."""
 
+from lamkernels.nn.fsq import FSQ
 from lamkernels.nn.vector_quantize import VectorQuantize
 
-__all__ = ["VectorQuantize"]
+__all__ = ["FSQ", "VectorQuantize"]

@@ -51,6 +51,8 @@ def _fold_into_heads(operator: Any) -> Callable[..., Any]:
             return batched.flatten(0, 1)
 
         outputs = operator(*(fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+        if isinstance(outputs, Tensor):
+            return outputs.unflatten(0, (info.batch_size, -1)), 0  # type: ignore[no-untyped-call]
         unfolded = tuple(out.unflatten(0, (info.batch_size, -1)) for out in outputs)
         return unfolded, (0,) * len(unfolded)
 
