@@ -9,8 +9,14 @@ from lamkernels import ops as _ops  # noqa: F401  (registers the operators)
 from lamkernels._version import __version__
 from lamkernels.backend import BackendStatus, available_backends
 from lamkernels.functional import VQOutput, code_statistics, lookup, nearest_code, vector_quantize
-from lamkernels.lookup_free import finite_scalar_codes, finite_scalar_quantize
-from lamkernels.nn import FSQ, VectorQuantize
+from lamkernels.lookup_free import (
+    LFQOutput,
+    finite_scalar_codes,
+    finite_scalar_quantize,
+    lookup_free_codes,
+    lookup_free_quantize,
+)
+from lamkernels.nn import FSQ, LFQ, VectorQuantize
 
 if TYPE_CHECKING:
     from lamkernels import lam
@@ -18,7 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FSQ",
+    "LFQ",
     "BackendStatus",
+    "LFQOutput",
     "VQOutput",
     "VectorQuantize",
     "__version__",
@@ -28,6 +36,8 @@ __all__ = [
     "finite_scalar_quantize",
     "lam",
     "lookup",
+    "lookup_free_codes",
+    "lookup_free_quantize",
     "nearest_code",
     "vector_quantize",
 ]

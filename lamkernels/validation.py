@@ -96,3 +96,9 @@ def check_levels(levels: Sequence[int]) -> list[int]:
     if not counts or min(counts) < 2 or math.prod(counts) >= 2**63:
         raise ValueError(f"levels is {counts}; there must be at least one, each at least 2, with a product below 2**63")
     return counts
+
+
+def check_positive(name: str, value: float) -> None:
+    """A positive and finite number, else ValueError."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}; it must be positive and finite")

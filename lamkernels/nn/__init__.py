@@ -1,6 +1,7 @@
 """Modules: bottlenecks of latent action models, fused."""
 
 from lamkernels.nn.fsq import FSQ
+from lamkernels.nn.lfq import LFQ
 from lamkernels.nn.vector_quantize import VectorQuantize
 
-__all__ = ["FSQ", "VectorQuantize"]
+__all__ = ["FSQ", "LFQ", "VectorQuantize"]
