@@ -16,7 +16,7 @@ from lamkernels.lookup_free import (
     lookup_free_codes,
     lookup_free_quantize,
 )
-from lamkernels.nn import FSQ, LFQ, VectorQuantize
+from lamkernels.nn import FSQ, LFQ, SimVQ, VectorQuantize
 
 if TYPE_CHECKING:
     from lamkernels import lam
@@ -27,6 +27,7 @@ __all__ = [
     "LFQ",
     "BackendStatus",
     "LFQOutput",
+    "SimVQ",
     "VQOutput",
     "VectorQuantize",
     "__version__",

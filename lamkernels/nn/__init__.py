@@ -2,6 +2,7 @@
 
 from lamkernels.nn.fsq import FSQ
 from lamkernels.nn.lfq import LFQ
+from lamkernels.nn.simvq import SimVQ
 from lamkernels.nn.vector_quantize import VectorQuantize
 
-__all__ = ["FSQ", "LFQ", "VectorQuantize"]
+__all__ = ["FSQ", "LFQ", "SimVQ", "VectorQuantize"]

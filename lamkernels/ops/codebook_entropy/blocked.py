@@ -37,8 +37,8 @@ def codebook_entropy_backward(
 
     With the bits of one half fixed, the mean of w over the other half is one matrix product for all of its codes.
     """
-    heads, _, dim = x.shape
-    first, computed = dim // 2, probabilities.dtype
+    dim, computed = x.shape[-1], probabilities.dtype
+    first = dim // 2
     surprise = -probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
     # any constant has no effect; less its mean, the weights cancel least
     surprise = surprise - (surprise * probabilities).sum(-1, keepdim=True)

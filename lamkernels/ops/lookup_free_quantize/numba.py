@@ -24,10 +24,11 @@ BLOCK = 64  # rows: packed, they stay in the first cache
 CHUNK = 4096  # rows in a task
 LARGEST = 1000.0  # a logit whose other probability is 0 in every dtype
 
-# int64 parameters: 2 x, 3 head stride, 4 row stride, 5 indices (H, N), 6 N, 7 D, 8 H, 9 [s, 4βs] fp64, 10 whether a zero
-# stays zero, 11 rows that are in (H,); forward: 12 mask or 0, 13 quantized (H, N, D), 14 [s, −s, 0, NaN] in x.dtype,
-# 15 partial (tasks, 3) fp64: commitment, entropy, rows, 16 commitment loss (H,), 17 entropy (H,); backward: 12 gradient
-# of quantized or 0, 13 to 15 its strides, 16 gradient of the commitment loss (H,), 17 of the entropy (H,), 18 of x
+# int64 parameters: 2 x, 3 head stride, 4 row stride, 5 indices (H, N), 6 N, 7 D, 8 H, 9 [s, 4βs] fp64, 10 whether a
+# zero stays zero, 11 rows that are in (H,); forward: 12 mask or 0, 13 quantized (H, N, D), 14 [s, −s, 0, NaN] in
+# x.dtype, 15 partial (tasks, 3) fp64: commitment, entropy, rows, 16 commitment loss (H,), 17 entropy (H,); backward: 12
+# gradient of quantized or 0, 13 to 15 its strides, 16 gradient of the commitment loss (H,), 17 of the entropy (H,), 18
+# of x
 PARAMETERS = 19
 
 

@@ -7,6 +7,7 @@ An index is an int64, so a row has at most 62 entries: one tile holds it.
 # (Triton ships no types)
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -21,10 +22,9 @@ MERGED = 256  # tiles that the merging kernel adds at a time
 
 
 @triton.jit
-def both_halves(high: tensor, low: tensor, like: tensor) -> tensor:
-    """A factor in the type of ``like``: Triton passes numbers as fp32, so fp64 factors come in two of them."""
-    wide = high.to(tl.float64) + low.to(tl.float64)
-    return wide.to(like.dtype)
+def joined(high: tensor, middle: tensor, low: tensor, WIDE: tl.constexpr) -> tensor:
+    """A factor: Triton passes numbers as fp32, so an fp64 one comes in three parts."""
+    return (tl.cast(high, tl.float64) + tl.cast(middle, tl.float64) + tl.cast(low, tl.float64)).to(WIDE)
 
 
 @triton.jit
@@ -49,8 +49,8 @@ def log1p_of_fraction(e: tensor, TERMS: tl.constexpr) -> tensor:
 @triton.jit
 def lookup_free_fwd_kernel(
     x: tensor, mask: tensor, quantized: tensor, indices: tensor, part_losses: tensor, num_rows: tensor, dim: tensor,
-    x_h: tensor, x_n: tensor, m_h: tensor, m_n: tensor, tiles: tensor, scale_high: tensor, scale_low: tensor,
-    logit_high: tensor, logit_low: tensor,
+    x_h: tensor, x_n: tensor, m_h: tensor, m_n: tensor, tiles: tensor, scale_high: tensor, scale_middle: tensor,
+    scale_low: tensor, logit_high: tensor, logit_middle: tensor, logit_low: tensor,
     MASK: tl.constexpr, KEEP_ZERO: tl.constexpr, WIDE: tl.constexpr, TERMS: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -63,7 +63,8 @@ def lookup_free_fwd_kernel(
         kept = kept & (tl.load(mask + head * m_h + row * m_n, mask=kept, other=0) != 0)
     inside = (row < num_rows)[:, None] & (d < dim)[None, :]  # [BN, BD]
     entry = tl.load(x + head * x_h + row[:, None] * x_n + d[None, :], mask=inside, other=0.0).to(WIDE)
-    scale, logit_scale = both_halves(scale_high, scale_low, entry), both_halves(logit_high, logit_low, entry)
+    scale = joined(scale_high, scale_middle, scale_low, WIDE)
+    logit_scale = joined(logit_high, logit_middle, logit_low, WIDE)
     used = kept & (tl.min(is_finite(entry).to(tl.int32), axis=1) > 0)  # [BN]
     code = sign_code(entry, scale, KEEP_ZERO)
     value = tl.where(kept[:, None], tl.where(used[:, None], code, float("nan")), 0.0)
@@ -109,8 +110,8 @@ def lookup_free_merge_kernel(
 def lookup_free_bwd_kernel(
     x: tensor, indices: tensor, rows_in: tensor, grad_quantized: tensor, grad_commitment: tensor, grad_entropy: tensor,
     grad_x: tensor, num_rows: tensor, dim: tensor, x_h: tensor, x_n: tensor, g_h: tensor, g_n: tensor, g_d: tensor,
-    commitment_h: tensor, entropy_h: tensor, tiles: tensor, scale_high: tensor, scale_low: tensor, logit_high: tensor,
-    logit_low: tensor,
+    commitment_h: tensor, entropy_h: tensor, tiles: tensor, scale_high: tensor, scale_middle: tensor, scale_low: tensor,
+    logit_high: tensor, logit_middle: tensor, logit_low: tensor,
     GRAD: tl.constexpr, KEEP_ZERO: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -119,7 +120,8 @@ def lookup_free_bwd_kernel(
     inside = (row < num_rows)[:, None] & (d < dim)[None, :]  # [BN, BD]
     used = inside & (tl.load(indices + head * num_rows + row, mask=row < num_rows, other=-1) >= 0)[:, None]
     entry = tl.load(x + head * x_h + row[:, None] * x_n + d[None, :], mask=used, other=0.0).to(WIDE)
-    scale, logit_scale = both_halves(scale_high, scale_low, entry), both_halves(logit_high, logit_low, entry)
+    scale = joined(scale_high, scale_middle, scale_low, WIDE)
+    logit_scale = joined(logit_high, logit_middle, logit_low, WIDE)
     count = tl.maximum(tl.load(rows_in + head), 1).to(tl.float64)
     commitment = tl.load(grad_commitment + head * commitment_h).to(tl.float64) * (2.0 / (count * dim))
     entropy = tl.load(grad_entropy + head * entropy_h).to(tl.float64) / count
@@ -151,7 +153,7 @@ def lookup_free_quantize(
         if heads * tiles:
             lookup_free_fwd_kernel[(heads * tiles,)](
                 x, indices if mask is None else mask, quantized, indices, part_losses, rows, dim, *x.stride()[:2],
-                *((0, 0) if mask is None else mask.stride()), tiles, *_halves(scale), *_halves(logit_scale),
+                *((0, 0) if mask is None else mask.stride()), tiles, *_parts(scale), *_parts(logit_scale),
                 mask is not None, keep_zero, *_arithmetic(x), tile.rows, tile.dim, **tile.options(),
             )  # fmt: skip
         if heads:
@@ -175,16 +177,17 @@ def lookup_free_quantize_backward(
                 x, indices.contiguous(), num_rows.contiguous(), x if grad_quantized is None else grad_quantized,
                 grad_commitment, grad_entropy, grad_x, rows, dim, *x.stride()[:2],
                 *((0, 0, 0) if grad_quantized is None else grad_quantized.stride()), grad_commitment.stride(0),
-                grad_entropy.stride(0), tiles, *_halves(scale), *_halves(logit_scale), grad_quantized is not None,
+                grad_entropy.stride(0), tiles, *_parts(scale), *_parts(logit_scale), grad_quantized is not None,
                 keep_zero, _arithmetic(x)[0], tile.rows, tile.dim, **tile.options(),
             )  # fmt: skip
     return grad_x
 
 
-def _halves(value: float) -> tuple[float, float]:
-    """A number as the sum of two fp32 numbers, to 2⁻⁴⁸ of it."""
-    high = float(torch.tensor(value, dtype=torch.float32))
-    return high, value - high
+def _parts(value: float) -> tuple[float, float, float]:
+    """A number as the exact sum of three fp32 numbers."""
+    high = float(np.float32(value))
+    middle = float(np.float32(value - high))
+    return high, middle, value - high - middle
 
 
 def _arithmetic(x: Tensor) -> tuple[tl.dtype, int]:
