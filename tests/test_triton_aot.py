@@ -141,9 +141,7 @@ def lookup_free(dim: int, dtype: torch.dtype, rows: int = 10**6) -> None:
     """Forward with a mask, and backward."""
     x, mask = meta(1, rows, dim, dtype=dtype), meta(1, rows, dtype=torch.bool)
     quantized, indices, commitment, entropy, num_rows = signs.lookup_free_quantize(x, mask, 1.0, 400.0, True)
-    signs.lookup_free_quantize_backward(
-        x, indices, num_rows, quantized, commitment, entropy, 1.0, 400.0, True
-    )
+    signs.lookup_free_quantize_backward(x, indices, num_rows, quantized, commitment, entropy, 1.0, 400.0, True)
 
 
 SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64

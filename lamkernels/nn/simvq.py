@@ -12,8 +12,8 @@ from lamkernels.validation import BACKENDS, PRECISIONS, Backend, Precision, chec
 class SimVQ(nn.Module):
     """A bottleneck whose codebook is C = W·C₀ (Zhu et al. 2024): ``quantized, indices, loss = simvq(x)``.
 
-    C₀ is random and frozen; only the transform is learned. A gradient step for one code moves all of them, so that codes
-    that no row chooses do not die. The loss is that of a learned codebook,
+    C₀ is random and frozen; only the transform is learned. A gradient step for one code moves all of them, so that
+    codes that no row chooses do not die. The loss is that of a learned codebook,
 
         loss = codebook_weight · mean((sg x − q)²) + commitment_weight · mean((x − sg q)²),
 

@@ -1,9 +1,11 @@
 """The mean code distribution as matrix products of two halves of the bits: what every fast backend runs.
 
 A row's distribution over 2^D codes is the product of its distributions over the 2^(D/2) values of the first and of the
-second half of the bits, so the sum over rows is Aᵀ·B, a matrix product of (n, 2^(D/2)) factors: no N × 2^D matrix, and
+second half of the bits, so the sum over rows is A·Bᵀ, a matrix product of (2^(D/2), n) factors: no N × 2^D matrix, and
 the speed of the vendor's library. Memory is O(2^D) and a block of rows of the factors; work is 2·N·2^D operations
 forward, and twice that backward, which forms the factors again.
+
+Rows are the last axis here, so that the loops over them are over neighbours in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def codebook_entropy(x: Tensor, indices: Tensor, logit_scale: float) -> tuple[Te
     mean = torch.zeros((heads, 2**first, 2 ** (dim - first)), dtype=torch.float64, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         for _, _, left, right in _blocks(x, indices, logit_scale, computed):
-            mean += left.transpose(1, 2) @ right
+            mean += left @ right.transpose(1, 2)
     mean = mean.flatten(1) / (indices >= 0).sum(-1).clamp(min=1)[:, None]
     return -torch.special.xlogy(mean, mean).sum(-1).to(computed), mean.to(computed)
 
@@ -48,39 +50,43 @@ def codebook_entropy_backward(
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     with torch.autocast(x.device.type, enabled=False):
         for rows, logits, left, right in _blocks(x, indices, logit_scale, computed):
-            parts = left * (right @ surprise.transpose(1, 2)), right * (left @ surprise)  # (H, n, 2^half)
-            slope = torch.cat([_along_bits(part, logit) for part, logit in zip(parts, logits, strict=True)], -1)
-            grad_x[:, rows] = (weight * slope).to(x.dtype)
+            parts = left * (surprise @ right), right * (surprise.transpose(1, 2) @ left)  # (H, 2^half, n)
+            slope = torch.cat([_along_bits(part, logit) for part, logit in zip(parts, logits, strict=True)], 1)
+            grad_x[:, rows] = (weight * slope).to(x.dtype).transpose(1, 2)
     return grad_x
 
 
 def _blocks(
     x: Tensor, indices: Tensor, logit_scale: float, computed: torch.dtype
 ) -> Iterator[tuple[slice, tuple[Tensor, Tensor], Tensor, Tensor]]:
-    """Rows, the logits of both halves of their bits, and the distributions over the values of each half."""
+    """Rows, the logits (H, d, n) of both halves of their bits, and their distributions (H, 2^d, n) over the values."""
     heads, rows, dim = x.shape
-    inside, first = (indices >= 0)[..., None], dim // 2
+    inside, first = (indices >= 0)[:, None], dim // 2
     size = min(MAX_ROWS, max(1, ENTRIES // (max(heads, 1) << (dim - first))))
     for start in range(0, rows, size):
         block = slice(start, start + size)
-        logits = x[:, block].to(computed).masked_fill(~inside[:, block], 0.0) * logit_scale
-        left, right = logits[..., :first], logits[..., first:]
-        start_left = inside[:, block].to(computed)  # rows that are not in have no probability
-        yield block, (left, right), _distribution(left, start_left), _distribution(right, torch.ones_like(start_left))
+        present = inside[..., block]
+        logits = x[:, block].to(computed).transpose(1, 2).masked_fill(~present, 0.0).contiguous() * logit_scale
+        left, right = logits[:, :first], logits[:, first:]
+        weight = present.to(computed)  # rows that are not in have no probability
+        yield block, (left, right), _distribution(left, weight), _distribution(right, torch.ones_like(weight))
 
 
 def _distribution(logits: Tensor, start: Tensor) -> Tensor:
-    """Probabilities (H, n, 2^d) of the values of d independent bits, the first the highest, times ``start``."""
-    for d in range(logits.shape[-1]):
-        logit = logits[..., d, None]
+    """Probabilities (H, 2^d, n) of the values of d independent bits, the first the highest, times ``start``."""
+    for d in range(logits.shape[1]):
+        logit = logits[:, d, None]
+        pair = start.new_empty((start.shape[0], start.shape[1], 2, start.shape[2]))
         # both by a sigmoid: 1 − p would lose a small probability
-        start = torch.stack([start * (-logit).sigmoid(), start * logit.sigmoid()], -1).flatten(-2)
+        torch.mul(start, (-logit).sigmoid(), out=pair[:, :, 0])
+        torch.mul(start, logit.sigmoid(), out=pair[:, :, 1])
+        start = pair.flatten(1, 2)
     return start
 
 
 def _along_bits(part: Tensor, logits: Tensor) -> Tensor:
-    """σ(−a_d) Σ part over codes with bit d − σ(a_d) Σ part over codes without it: (H, n, d)."""
-    dim = logits.shape[-1]
+    """σ(−a_d) Σ part over values with bit d − σ(a_d) Σ part over values without it: (H, d, n)."""
+    dim = logits.shape[1]
     shift = torch.arange(dim - 1, -1, -1, device=part.device)
-    bits = (torch.arange(2**dim, device=part.device)[:, None] >> shift & 1).to(part.dtype)
-    return (-logits).sigmoid() * (part @ bits) - logits.sigmoid() * (part @ (1 - bits))
+    bits = (torch.arange(2**dim, device=part.device) >> shift[:, None] & 1).to(part.dtype)
+    return (-logits).sigmoid() * (bits @ part) - logits.sigmoid() * ((1 - bits) @ part)
