@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -69,16 +70,20 @@ def tables(
     """
     bounds = [bound(count, symmetric) for count in levels]
     padded = (1 << (max(levels) - 1).bit_length()) - 1
-    edges = torch.full((len(levels), padded), torch.inf, dtype=torch.float64)
-    codes = torch.zeros((len(levels), padded + 1), dtype=torch.float64)
+    edges = torch.full((len(levels), padded), torch.inf, dtype=torch.float64, device="cpu")
+    codes = torch.zeros((len(levels), padded + 1), dtype=torch.float64, device="cpu")
     for d, column in enumerate(bounds):
-        edges[d, : len(column.thresholds)] = torch.tensor(column.thresholds, dtype=torch.float64)
-        codes[d, : len(column.codes)] = torch.tensor(column.codes, dtype=torch.float64)
-    slopes = torch.tensor([[b.slope for b in bounds], [b.shift for b in bounds]], dtype=torch.float64)
+        edges[d, : len(column.thresholds)] = _on_host(column.thresholds)
+        codes[d, : len(column.codes)] = _on_host(column.codes)
+    slopes = torch.stack([_on_host([b.slope for b in bounds]), _on_host([b.shift for b in bounds])])
     if dtype != torch.float64:
         edges, slopes = _rounded_up(edges), slopes.float()
-    steps = torch.tensor(strides(levels), dtype=torch.int64)
+    steps = torch.tensor(strides(levels), dtype=torch.int64, device="cpu")
     return edges.to(device), codes.to(dtype).to(device), slopes.to(device), steps.to(device)
+
+
+def _on_host(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")  # whatever the default device is
 
 
 def _rounded_up(edges: Tensor) -> Tensor:
