@@ -41,7 +41,7 @@ def _bits(x: Tensor) -> Tensor:
 
 def _blocks(x: Tensor, indices: Tensor, logit_scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows, their logits (H, n, D) and code distributions (H, n, K), 0 for rows that are not in."""
-    inside, bits, size = (indices >= 0)[..., None], _bits(x), max(1, ENTRIES // (x.shape[0] << x.shape[-1]))
+    inside, bits, size = (indices >= 0)[..., None], _bits(x), max(1, ENTRIES // max(1, x.shape[0] << x.shape[-1]))
     logits = logit_scale * x.double().masked_fill(~inside, 0.0)
     for start in range(0, x.shape[1], size):
         rows = slice(start, start + size)
