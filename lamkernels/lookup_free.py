@@ -69,8 +69,8 @@ def lookup_free_quantize(
     straight through to x.
 
     The entropy of the mean distribution has no such form. It costs 2·N·2^D operations, twice that backward, as matrix
-    products of factors over half of the bits, and O(2^D) memory besides a fixed block of rows: at D = 18, N = 16384
-    that is 26 Gflop a step and about 75 MB. On a GPU its products follow ``torch.set_float32_matmul_precision``. Under
+    products of factors over half of the bits (26 Gflop a step at D = 18, N = 16384), and O(2^D) memory besides a fixed
+    block of rows. On a GPU its products follow ``torch.set_float32_matmul_precision``. Under
     ``torch.distributed`` it is that of the rows of this process.
 
     No logarithm is clamped. Implementations that clamp the probability inside it at 1e-5 or 1e-6 give less entropy
