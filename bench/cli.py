@@ -61,7 +61,7 @@ def _parser() -> _Parser:
         prog="lamkernels bench",
         description="Times lamkernels and its peers on the same workloads: correctness against fp64 first, one process "
         "per provider, in turns, rooflines from peaks measured in the same process.",
-        epilog="Lists take commas. Ours are marked *. 'vs best peer' is the best peer's time / this time.",
+        epilog="Suites, ops and providers take commas. Ours are marked *. 'vs best peer' is the best peer's time / this time.",
     )
     cuda = torch.cuda.is_available()
     add = parser.add_argument
@@ -70,8 +70,8 @@ def _parser() -> _Parser:
     add(
         "--shape", type=_shape, action="append", default=[], metavar="N,K,D", help="in place of the suite's; repeatable"
     )
-    add("--dtype", type=_names("--dtype", DTYPES), help="in place of the workloads' own: " + ", ".join(DTYPES))
-    add("--device", type=_names("--device", ("cpu", "cuda")), default=["cuda" if cuda else "cpu"], help="cpu or cuda")
+    add("--dtype", choices=DTYPES, metavar="DTYPE", help="in place of the workloads' own: " + ", ".join(DTYPES))
+    add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="default: %(default)s")
     add("--providers", type=_names("--providers", tuple(PROVIDERS)), default=list(PROVIDERS), help=", ".join(PROVIDERS))
     add("--threads", type=_positive("--threads", int), default=torch.get_num_threads(), help="for every provider alike")
     add("--rounds", type=_positive("--rounds", int), help="how often the providers take turns (3)")
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     args = parser.parse_args(argv)
-    device = args.device[0]
+    device = args.device
     if device == "cuda" and not torch.cuda.is_available() and not args.list:
         parser.error("--device is 'cuda', but torch finds no CUDA or ROCm device; allowed here is cpu")
     paths = {"json": args.json, "csv": args.csv, "plot": args.plot}
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--plot and --out need matplotlib; pip install 'lamkernels[bench]'")
     if paths["plot"] and paths["plot"].suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--plot is {str(paths['plot'])!r}; allowed are names in .png, .svg or .pdf")
-    workloads = select(args.suite, args.op, device, args.shape, args.dtype[0] if args.dtype else None)
+    workloads = select(args.suite, args.op, device, args.shape, args.dtype)
     if not workloads:
         parser.error(f"no workload of suite {', '.join(args.suite)} has op {', '.join(args.op)} on {device}")
     if args.list:

@@ -9,21 +9,36 @@ from lamkernels import ops as _ops  # noqa: F401  (registers the operators)
 from lamkernels._version import __version__
 from lamkernels.backend import BackendStatus, available_backends
 from lamkernels.functional import VQOutput, code_statistics, lookup, nearest_code, vector_quantize
-from lamkernels.nn import VectorQuantize
+from lamkernels.lookup_free import (
+    LFQOutput,
+    finite_scalar_codes,
+    finite_scalar_quantize,
+    lookup_free_codes,
+    lookup_free_quantize,
+)
+from lamkernels.nn import FSQ, LFQ, SimVQ, VectorQuantize
 
 if TYPE_CHECKING:
     from lamkernels import lam
 
 
 __all__ = [
+    "FSQ",
+    "LFQ",
     "BackendStatus",
+    "LFQOutput",
+    "SimVQ",
     "VQOutput",
     "VectorQuantize",
     "__version__",
     "available_backends",
     "code_statistics",
+    "finite_scalar_codes",
+    "finite_scalar_quantize",
     "lam",
     "lookup",
+    "lookup_free_codes",
+    "lookup_free_quantize",
     "nearest_code",
     "vector_quantize",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ COMMANDS = {
     "bench": ("lamkernels.bench.cli", "microbenchmarks beside the peers"),
     "demo": ("lamkernels.lam.demo", "train the reference LAM on Atari frames, stock and fused, and report"),
 }
+EXTRAS = ("bench", "demo")  # commands with an extra of their name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,11 +26,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below")
-    module = COMMANDS[parser.parse_args(argv[:1]).command][0]
+    command = parser.parse_args(argv[:1]).command
     try:
-        return int(importlib.import_module(module).main(argv[1:]))
+        status = int(importlib.import_module(COMMANDS[command][0]).main(argv[1:]))
+        sys.stdout.flush()
+        return status
     except ModuleNotFoundError as error:
-        print(f"lamkernels {argv[0]} needs {error.name}; pip install 'lamkernels[{argv[0]}]'", file=sys.stderr)
+        if command not in EXTRAS:
+            raise
+        print(f"lamkernels {command} needs {error.name}; pip install 'lamkernels[{command}]'", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader, say `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush at exit
         return 1
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, cast, overload
+from typing import Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lamkernels.ops.code_statistics.op import code_statistics as _code_statistics
@@ -29,6 +28,7 @@ from lamkernels.validation import (
     check_mask,
     check_option,
     check_tensors,
+    refuse_tangents,
 )
 
 
@@ -319,10 +319,3 @@ def _unit(vectors: Tensor) -> Tensor:
     finite = vectors.isfinite().all(-1, keepdim=True)
     safe = torch.where(finite, vectors, 0.0).double()
     return torch.where(finite, F.normalize(safe, dim=-1, eps=COSINE_EPS), torch.nan)
-
-
-def refuse_tangents(*tensors: Tensor) -> None:
-    """Operators without a forward-mode rule would return a tangent of zero without a word."""
-    unpack: Any = forward_ad.unpack_dual
-    if forward_ad._current_level >= 0 and any(unpack(t).tangent is not None for t in tensors):
-        raise NotImplementedError("forward-mode differentiation (jvp, jacfwd) is not supported; use reverse mode")

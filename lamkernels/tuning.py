@@ -114,6 +114,12 @@ def elementwise(target: str, dim: int) -> Tile:
     return Tile(32 if target == "interpreter" else 2048 // entries, 1, entries, 4, 1, registers(target))
 
 
+def scalars(target: str, dim: int) -> Tile:
+    """The tile of the quantisers that treat every entry on its own: a row has at most 62 entries."""
+    entries = power(dim, 1)
+    return Tile(32 if target == "interpreter" else 1024 // entries, 1, entries, 4, 1, registers(target))
+
+
 def registers(target: str) -> int:
     """On NVIDIA all of them: left alone, the assembler spills a few for occupancy."""
     return REGISTERS if target.startswith("sm") else 0

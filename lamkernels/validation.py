@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Metric = Literal["l2", "cosine", "dot"]
 Precision = Literal["default", "exact", "fast"]
@@ -103,3 +105,26 @@ def check_tensors(x: Tensor, codebook: Tensor) -> None:
         )
     if x.device != codebook.device:
         raise ValueError(f"x is on {x.device} and codebook on {codebook.device}; they must be on one device")
+
+
+def check_levels(levels: Sequence[int]) -> list[int]:
+    """At least one level count, each at least 2, with a product that int64 can index, else TypeError or ValueError."""
+    counts = list(levels)
+    if not all(isinstance(count, int) for count in counts):
+        raise TypeError(f"levels is {levels!r}; it must be a sequence of integers")
+    if not counts or min(counts) < 2 or math.prod(counts) >= 2**63:
+        raise ValueError(f"levels is {counts}; there must be at least one, each at least 2, with a product below 2**63")
+    return counts
+
+
+def check_positive(name: str, value: float) -> None:
+    """A positive and finite number, else ValueError."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}; it must be positive and finite")
+
+
+def refuse_tangents(*tensors: Tensor) -> None:
+    """Operators without a forward-mode rule would return a tangent of zero without a word."""
+    unpack: Any = forward_ad.unpack_dual
+    if forward_ad._current_level >= 0 and any(unpack(t).tangent is not None for t in tensors):
+        raise NotImplementedError("forward-mode differentiation (jvp, jacfwd) is not supported; use reverse mode")

@@ -97,14 +97,15 @@ def test_dead_codes_become_rows_of_the_batch(backend, update):
     assert (vq.cluster_size >= 0.39).all()
 
 
-def test_manual_update_equals_the_one_in_the_forward(backend):
-    automatic = lk.VectorQuantize(4, 6, backend=backend)
-    manual = lk.VectorQuantize(4, 6, ema_update="manual", backend=backend)
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_manual_update_equals_the_one_in_the_forward(backend, metric):
+    automatic = lk.VectorQuantize(4, 6, metric=metric, backend=backend)
+    manual = lk.VectorQuantize(4, 6, metric=metric, ema_update="manual", backend=backend)
     manual.load_state_dict(automatic.state_dict())
     x = torch.randn(2, 40, 4)
     automatic(x)
     # two micro-batches, one update
-    parts = [lk.code_statistics(part, manual(part)[1], 6, backend=backend) for part in x]
+    parts = [manual.code_statistics(part, manual(part)[1]) for part in x]
     manual.update_codebook(sum(p[0] for p in parts), sum(p[1] for p in parts))
     for name, value in automatic.state_dict().items():
         torch.testing.assert_close(value, manual.state_dict()[name], msg=name)
@@ -148,9 +149,92 @@ def test_cosine_codebook_stays_useful(backend):
     assert len(indices.unique()) > 1 and loss < 1
 
 
-def test_two_processes_with_an_ema_codebook_are_refused(monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"update": "gradient", "dead_code_threshold": 2.0}, {"update": "gradient", "init": "kmeans"}],
+    ids=str,
+)
+def test_codebooks_that_would_drift_apart_between_processes_are_refused(monkeypatch, options):
     monkeypatch.setattr("lamkernels.nn.vector_quantize._world_size", lambda: 2)
-    vq = lk.VectorQuantize(4, 6)
+    vq = lk.VectorQuantize(4, 6, **options)
     with pytest.raises(NotImplementedError, match="does not synchronise"):
         vq(torch.randn(3, 4))
     vq.eval()(torch.randn(3, 4))
+    lk.VectorQuantize(4, 6, update="gradient")(torch.randn(3, 4))
+
+
+def test_masked_rows_keep_the_index_that_no_statistic_counts(backend):
+    automatic = lk.VectorQuantize(4, 6, backend=backend)
+    manual = lk.VectorQuantize(4, 6, ema_update="manual", backend=backend)
+    manual.load_state_dict(automatic.state_dict())
+    x, mask = torch.randn(40, 4), torch.arange(40) % 3 != 0
+    x[1] = torch.nan
+    automatic(x, mask)
+    _, indices, _ = manual(x, mask)
+    assert (indices[~mask] == -1).all() and indices[1] == 0 and (indices[mask] >= 0).all()
+    manual.update_codebook(*manual.code_statistics(x, indices))
+    torch.testing.assert_close(automatic.state_dict(), manual.state_dict())
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.8])
+def test_batches_with_no_row_in_change_nothing(backend, decay):
+    vq = lk.VectorQuantize(4, 6, decay=decay, backend=backend)
+    vq(torch.randn(100, 4))
+    before = {name: value.clone() for name, value in vq.state_dict().items()}
+    for _ in range(50):
+        vq(torch.full((8, 4), torch.nan))
+        vq(torch.randn(8, 4), torch.zeros(8, dtype=torch.bool))
+        vq(torch.empty(0, 4))
+    for name, value in vq.state_dict().items():
+        torch.testing.assert_close(value, before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", [lambda x: x, lambda x: x[..., ::2], lambda x: x.transpose(0, 1)])
+def test_a_small_step_in_one_call_is_the_step_of_the_operators(dtype, layout, monkeypatch):
+    base = torch.randn(3, 50, 8).to(dtype)
+    base[1, 7, 2] = torch.nan
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    results = []
+    for one_call in (True, False):
+        if not one_call:
+            monkeypatch.setattr(lk.VectorQuantize, "_is_launch_bound", lambda *_: False)
+        torch.manual_seed(3)
+        leaf = base.clone().requires_grad_()
+        x = layout(leaf)
+        vq = lk.VectorQuantize(
+            x.shape[-1], 10, commitment_weight=0.25, dead_code_threshold=0.9, dtype=wide, backend="numba"
+        )
+        assert vq._is_launch_bound(x) is one_call
+        for _ in range(2):
+            quantized, indices, loss = vq(x)
+        (quantized.nan_to_num().double().square().sum() + 3 * loss).backward()
+        results.append((quantized, indices, loss, leaf.grad, *vq.state_dict().values()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("gradient", ["rotation", "noise", "none"])
+def test_gradients_of_the_module(backend, gradient):
+    vq = lk.VectorQuantize(4, 6, gradient=gradient, backend=backend)
+    x = torch.randn(30, 4, requires_grad=True)
+    quantized, _, _ = vq(x)
+    assert quantized.requires_grad is (gradient != "none")
+    codes = vq.eval()(x)
+    assert torch.equal(codes[0], vq.codebook[codes[1]])
+
+
+def test_a_gradient_codebook_under_the_cosine_trains_with_dead_codes(backend):
+    vq = lk.VectorQuantize(4, 6, update="gradient", metric="cosine", dead_code_threshold=2.0, backend=backend)
+    quantized, _, loss = vq(torch.randn(30, 4, requires_grad=True))
+    (quantized.sum() + loss).backward()
+    assert vq.codebook.grad.isfinite().all()
+
+
+def test_state_loads_into_a_module_on_the_meta_device():
+    state = lk.VectorQuantize(4, 6).state_dict()
+    vq = lk.VectorQuantize(4, 6, device="meta")
+    vq.load_state_dict(state, assign=True)
+    assert torch.equal(vq.codebook, state["codebook"])
+    lk.VectorQuantize(4, 6, device="meta").load_state_dict(vq.to("meta").state_dict())

@@ -59,5 +59,8 @@ def test_distributions_hold_what_they_should(tmp_path):
     assert not [name for name in wheel if name.startswith(("tests", "csrc", "bench")) or "results" in name]
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         sdist = archive.getnames()
-    assert any(name.endswith("/csrc/README.md") for name in sdist)
-    assert any(name.endswith("/LICENSE") for name in sdist)
+    assert not [name for name in wheel if "/test_" in name]
+    inside = {name.partition("/")[2] for name in sdist}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    wanted = tracked or ["csrc/README.md", "LICENSE", "tests/contract.py", "docs/numerics.md", "Makefile"]
+    assert not [name for name in wanted if name not in inside and name != ".gitignore"]

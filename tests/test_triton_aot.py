@@ -27,6 +27,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from lamkernels import tuning  # noqa: E402
 from lamkernels.ops.code_statistics import triton as statistics  # noqa: E402
+from lamkernels.ops.finite_scalar_quantize import triton as scalar  # noqa: E402
+from lamkernels.ops.lookup_free_quantize import triton as signs  # noqa: E402
 from lamkernels.ops.nearest_code import triton as nearest  # noqa: E402
 from lamkernels.ops.vector_quantize import triton as quantize  # noqa: E402
 
@@ -66,6 +68,8 @@ def record(monkeypatch: pytest.MonkeyPatch, target: str, call: Any) -> list[Laun
             elif isinstance(arg, torch.Tensor):
                 signature.append((param.name, "*" + TYPES[arg.dtype]))
                 aligned.append((i,))
+            elif isinstance(arg, float):
+                signature.append((param.name, "fp32"))
             else:
                 signature.append((param.name, "i64" if arg >= 2**31 else "i32"))
                 if arg % 16 == 0:
@@ -131,6 +135,20 @@ def count(codes: int, dim: int, dtype: torch.dtype) -> None:
     statistics.code_statistics(meta(1, 10**6, dim, dtype=dtype), meta(1, 10**6, dtype=torch.int64), codes)
 
 
+def scalars(levels: list[int], dtype: torch.dtype, rows: int = 10**6) -> None:
+    """Forward and backward."""
+    x = meta(1, rows, len(levels), dtype=dtype)
+    quantized, indices = scalar.finite_scalar_quantize(x, levels, False)
+    scalar.finite_scalar_quantize_backward(x, indices, quantized, levels, False)
+
+
+def lookup_free(dim: int, dtype: torch.dtype, rows: int = 10**6) -> None:
+    """Forward with a mask, and backward."""
+    x, mask = meta(1, rows, dim, dtype=dtype), meta(1, rows, dtype=torch.bool)
+    quantized, indices, commitment, entropy, num_rows = signs.lookup_free_quantize(x, mask, 1.0, 400.0, True)
+    signs.lookup_free_quantize_backward(x, indices, num_rows, quantized, commitment, entropy, 1.0, 400.0, True)
+
+
 SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 SHORT: dict[str, Any] = {  # what a change is most likely to break
     "quantise 16 x 128": lambda: quantise(16, 128, SINGLE),
@@ -140,6 +158,8 @@ SHORT: dict[str, Any] = {  # what a change is most likely to break
     "quantise 64 x 64, bf16": lambda: quantise(64, 64, HALF),
     "lookup 1024 x 64": lambda: lookup(1024, 64, SINGLE),
     "lookup 8192 x 256, bf16": lambda: lookup(8192, 256, HALF),
+    "finite scalar 8 5 5 5": lambda: scalars([8, 5, 5, 5], SINGLE),
+    "lookup-free 18": lambda: lookup_free(18, SINGLE),
 }
 LONG: dict[str, Any] = {  # every branch of tuning.py
     **{f"quantise {k} x {d}": functools.partial(quantise, k, d, SINGLE) for k, d in (
@@ -170,6 +190,13 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
     "quantise 1024 x 64": lambda: quantise(1024, 64, SINGLE),
     "quantise 1024 x 300, bf16": lambda: quantise(1024, 300, HALF),
     "quantise, fp64": lambda: quantise(64, 64, DOUBLE),
+    "finite scalar 62 columns": lambda: scalars([2] * 62, SINGLE),
+    "finite scalar 1000 levels, bf16": lambda: scalars([1000], HALF),
+    "finite scalar, fp64": lambda: scalars([8, 8, 6, 5], DOUBLE),
+    "lookup-free 1": lambda: lookup_free(1, SINGLE),
+    "lookup-free 62": lambda: lookup_free(62, SINGLE),
+    "lookup-free 10, bf16": lambda: lookup_free(10, HALF),
+    "lookup-free 62, fp64": lambda: lookup_free(62, DOUBLE),
     "statistics, fp64": lambda: count(64, 300, DOUBLE),
 }  # fmt: skip
 CASES = [*SHORT, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in LONG)]

@@ -302,7 +302,7 @@ def test_second_derivatives_are_refused():
     x, codebook = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3)
     out = lk.vector_quantize(x, codebook)
     (grad,) = torch.autograd.grad(out.commitment_loss, x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="differentiate it twice"):
+    with pytest.raises(NotImplementedError, match="no second derivative"):
         grad.sum().backward()
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         lk.vector_quantize(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones(5, 3)), codebook)

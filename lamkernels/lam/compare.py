@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,14 +42,11 @@ def reproducible() -> Iterator[None]:
         backends.cudnn.benchmark, backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32 = before[1:]
 
 
-def train_in_turn(
-    trainers: Mapping[str, Trainer], *, between: Callable[[], None] | None = None, progress: bool = True
-) -> dict[str, list[float]]:
+def train_in_turn(trainers: Mapping[str, Trainer], *, progress: bool = True) -> dict[str, list[float]]:
     """Trains all to the end, one step each in turn, the order reversed every round.
 
     Args:
         trainers: by name.
-        between: called after every round, outside the times.
         progress: show a progress bar.
 
     Returns:
@@ -64,8 +61,6 @@ def train_in_turn(
         for name in list(trainers) if step % 2 else reversed(list(trainers)):
             if trainers[name].step <= step:
                 times[name].append(seconds(trainers[name].train_step, trainers[name].device))
-        if between is not None:
-            between()
         if step % 50 == 49:
             bar.set_postfix({name: f"{float(t.losses['loss'][-1]):.4f}" for name, t in trainers.items()})
     return times

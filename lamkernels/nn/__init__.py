@@ -1,5 +1,8 @@
 """Modules: bottlenecks of latent action models, fused."""
 
+from lamkernels.nn.fsq import FSQ
+from lamkernels.nn.lfq import LFQ
+from lamkernels.nn.simvq import SimVQ
 from lamkernels.nn.vector_quantize import VectorQuantize
 
-__all__ = ["VectorQuantize"]
+__all__ = ["FSQ", "LFQ", "SimVQ", "VectorQuantize"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lamkernels.backend import resolve
-from lamkernels.functional import code_statistics, nearest_code, refuse_tangents, vector_quantize
+from lamkernels.functional import code_statistics, nearest_code, vector_quantize
+from lamkernels.nn.indices import module_indices
 from lamkernels.validation import (
     BACKENDS,
     GRADIENTS,
@@ -24,6 +25,7 @@ from lamkernels.validation import (
     check_number,
     check_option,
     check_tensors,
+    refuse_tangents,
 )
 
 
@@ -178,8 +180,7 @@ class VectorQuantize(nn.Module):
             loss = loss + self.codebook_weight * out.codebook_loss
         if learning:
             self.update_codebook(out.counts, out.sums, x, mask)
-        indices = out.indices.clamp(min=0)
-        return out.quantized, indices if mask is None else torch.where(mask, indices, -1), loss
+        return out.quantized, module_indices(out.indices, mask), loss
 
     def _check_training(self, learning: bool) -> None:
         if self.update == "ema" and self.codebook.dtype not in (torch.float32, torch.float64):

@@ -36,6 +36,19 @@ def register(name: str, folder: str, schema: str, fake: Callable[..., Any]) -> A
     return operator
 
 
+def register_backward(name: str, folder: str, schema: str, fake: Callable[..., Any]) -> Any:
+    """:func:`register` for a backward, which refuses to be differentiated instead of being a constant."""
+
+    def refuse(_ctx: Any, *_grads: Tensor | None) -> Any:
+        raise NotImplementedError(
+            f"{NAMESPACE}::{folder} has no second derivative: do not differentiate its gradient (create_graph=True)"
+        )
+
+    operator = register(name, folder, schema, fake)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse)
+    return operator
+
+
 def _fold_into_heads(operator: Any) -> Callable[..., Any]:
     """The batching rule of every operator: a vmapped axis is more heads.
 
@@ -51,6 +64,8 @@ def _fold_into_heads(operator: Any) -> Callable[..., Any]:
             return batched.flatten(0, 1)
 
         outputs = operator(*(fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+        if isinstance(outputs, Tensor):
+            return outputs.unflatten(0, (info.batch_size, -1)), 0  # type: ignore[no-untyped-call]
         unfolded = tuple(out.unflatten(0, (info.batch_size, -1)) for out in outputs)
         return unfolded, (0,) * len(unfolded)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamkernels.ops.registration import NAMESPACE, register
+from lamkernels.ops.registration import NAMESPACE, register, register_backward
 
 
 def _fake_forward(
@@ -49,7 +49,7 @@ vector_quantize = register(
 
 
 # codes (H, N, D): the code of each row -> grad_x (H, N, D) in x.dtype, grad_codebook (H, K, D) in that of residual_sums
-vector_quantize_backward = register(
+vector_quantize_backward = register_backward(
     "vector_quantize_backward",
     "vector_quantize",
     "(Tensor x, Tensor codes, Tensor indices, Tensor residual_sums, Tensor num_rows, Tensor? noise, "
@@ -87,11 +87,4 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad_x, grad_codebook.to(ctx.codebook_dtype), None, None, None, None, None, None
 
 
-def _second_backward(_ctx: Any, *_grads: Tensor | None) -> Any:
-    raise NotImplementedError(
-        "the gradient of vector_quantize has no gradient of its own: do not differentiate it twice (create_graph=True)"
-    )
-
-
 torch.library.register_autograd(f"{NAMESPACE}::vector_quantize", _backward, setup_context=_setup_context)
-torch.library.register_autograd(f"{NAMESPACE}::vector_quantize_backward", _second_backward)

@@ -1,0 +1,1 @@
+"""codebook_entropy: the entropy of the mean code distribution of factorised bits, without a row per code."""

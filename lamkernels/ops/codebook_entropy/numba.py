@@ -1,0 +1,5 @@
+"""codebook_entropy for the numba backend: its time is matrix products, which torch's library does."""
+
+from lamkernels.ops.codebook_entropy.blocked import codebook_entropy, codebook_entropy_backward
+
+__all__ = ["codebook_entropy", "codebook_entropy_backward"]
