@@ -35,6 +35,15 @@ def _names(option: str, allowed: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def _name(option: str, allowed: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise argparse.ArgumentTypeError(f"{option} is {text!r}; allowed are {', '.join(allowed)}, one of them")
+        return text
+
+    return parse
+
+
 def _shape(text: str) -> tuple[int, int, int]:
     parts = text.split(",")
     if len(parts) != 3 or not all(part.strip().isdigit() and int(part) for part in parts):
@@ -61,7 +70,7 @@ def _parser() -> _Parser:
         prog="lamkernels bench",
         description="Times lamkernels and its peers on the same workloads: correctness against fp64 first, one process "
         "per provider, in turns, rooflines from peaks measured in the same process.",
-        epilog="Suites, ops and providers take commas. Ours are marked *. 'vs best peer' is the best peer's time / this time.",
+        epilog="Suites, ops and providers take commas. Ours are marked *; 'vs best peer': the best peer's time / ours.",
     )
     cuda = torch.cuda.is_available()
     add = parser.add_argument
@@ -70,8 +79,8 @@ def _parser() -> _Parser:
     add(
         "--shape", type=_shape, action="append", default=[], metavar="N,K,D", help="in place of the suite's; repeatable"
     )
-    add("--dtype", choices=DTYPES, metavar="DTYPE", help="in place of the workloads' own: " + ", ".join(DTYPES))
-    add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="default: %(default)s")
+    add("--dtype", type=_name("--dtype", DTYPES), help="in place of the workloads' own: " + ", ".join(DTYPES))
+    add("--device", type=_name("--device", ("cpu", "cuda")), default="cuda" if cuda else "cpu", help="cpu or cuda")
     add("--providers", type=_names("--providers", tuple(PROVIDERS)), default=list(PROVIDERS), help=", ".join(PROVIDERS))
     add("--threads", type=_positive("--threads", int), default=torch.get_num_threads(), help="for every provider alike")
     add("--rounds", type=_positive("--rounds", int), help="how often the providers take turns (3)")

@@ -59,11 +59,12 @@ class Provider:
         if importlib.util.find_spec(self.module) is None:
             return f"{self.module} is not installed; pip install {self.package}"
         if self.kind != "peer":
-            status = available_backends()[self.name]
+            backend = self.name.partition("-")[0]
+            status = available_backends()[backend]
             if not status.available:
                 return status.reason
             try:
-                resolve(self.name, device)
+                resolve(backend, device)
             except ValueError:
                 return f"runs on {status.reason} only"
         return "" if device in self.devices else f"runs on {', '.join(self.devices)} only"
@@ -79,10 +80,17 @@ class Provider:
 # lamkernels, one provider per backend
 
 
-def _ours(backend: Any) -> dict[str, Prepare]:
+def _lookup(backend: Any, precision: Any) -> Prepare:
     def nearest_code(_: Workload, inputs: Inputs) -> Run:
         codebook = inputs.codebook
-        return lambda i: {"indices": lamkernels.nearest_code(inputs.x[i], codebook, backend=backend)}
+        return lambda i: {
+            "indices": lamkernels.nearest_code(inputs.x[i], codebook, precision=precision, backend=backend)
+        }
+
+    return nearest_code
+
+
+def _ours(backend: Any) -> dict[str, Prepare]:
 
     def vector_quantize(_: Workload, inputs: Inputs) -> Run:
         def run(i: int) -> dict[str, Any]:
@@ -115,7 +123,7 @@ def _ours(backend: Any) -> dict[str, Prepare]:
         return run
 
     return {
-        "nearest_code": nearest_code,
+        "nearest_code": _lookup(backend, "default"),
         "vector_quantize": vector_quantize,
         "train_step": train_step,
         "code_statistics": code_statistics,
@@ -409,6 +417,7 @@ PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider("numba", "ours", _ours("numba"), "numba", "numba"),
+        Provider("numba-exact", "ours", {"nearest_code": _lookup("numba", "exact")}, "numba", "numba"),
         Provider("triton", "ours", _ours("triton"), "triton", "triton"),
         Provider("reference", "baseline", _ours("reference"), "lamkernels", "lamkernels"),
         Provider("eager", "peer", _torch(compiled=False), "torch", "torch"),

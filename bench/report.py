@@ -241,6 +241,7 @@ def write_plot(path: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -264,6 +265,8 @@ def write_plot(path: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
             axis.set_xscale("log")
             smallest, largest = min(v for v in values if v), max(values)
             axis.set_xlim(smallest / 3, largest * 4)
+            axis.xaxis.set_major_locator(LogLocator(numticks=5))
+            axis.xaxis.set_minor_formatter(NullFormatter())  # its labels would lie on one another
         axis.invert_yaxis()
         axis.set_title(name, fontsize=8)
         axis.tick_params(labelsize=7)

@@ -214,7 +214,7 @@ class VectorQuantize(nn.Module):
         )
         if self.dead_code_threshold > 0:
             self._replace_dead_codes(x, None)
-        return quantized, indices.clamp(min=0), loss if self.commitment_weight == 1 else self.commitment_weight * loss
+        return quantized, indices, loss if self.commitment_weight == 1 else self.commitment_weight * loss
 
     def code_statistics(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """What :meth:`update_codebook` takes, from a forward's x (..., D) and indices (...,).

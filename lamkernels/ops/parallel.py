@@ -50,14 +50,9 @@ def compiled(kernel: Any) -> Any:
     return numba.cfunc("void(CPointer(int64))", cache=True)(kernel)
 
 
-def call(kernel: Any, parameters: Sequence[int]) -> None:
-    """Runs ``kernel`` (a Numba cfunc) on the calling thread; see :func:`launch`."""
-    array = (ctypes.c_int64 * (len(parameters) + 2))(0, 0, *parameters)
-    _entry(kernel)(ctypes.addressof(array))
-
-
 @functools.cache
-def _entry(kernel: Any) -> Callable[[int], None]:
+def entry(kernel: Any) -> Callable[[int], None]:
+    """A kernel as a function of the address of its parameters, for the calling thread alone."""
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel.address)
 
 
@@ -74,6 +69,6 @@ def launch(kernel: Any, parameters: Sequence[int], tasks: int, work: int) -> Non
     threads = min(torch.get_num_threads(), tasks, 1 + work // MIN_WORK_PER_THREAD)
     parallel = _gomp_parallel() if threads > 1 and not _forked_from else None
     if parallel is None:
-        _entry(kernel)(ctypes.addressof(array))
+        entry(kernel)(ctypes.addressof(array))
     else:
         parallel(kernel.address, ctypes.addressof(array), threads, 0)

@@ -397,10 +397,12 @@ def quantize_rows(
             """``width`` entries of a row from d on, or one."""
             as_stored, as_computed = (stored_vector, vector) if wide else (stored, kind)
             at_code = builder.add(offset, d)
-            copied = _load(builder, builder.gep(stored_codes, [at_code]), as_stored, stored_size)
-            _store(builder, copied, builder.gep(to, [d]), stored_size)
             entry = _widen(builder, _load(builder, builder.gep(row, [d]), as_stored, stored_size), storage)
             code = _load(builder, builder.gep(codes, [at_code]), as_computed, itemsize)
+            copied = code
+            if stored != kind:
+                copied = _load(builder, builder.gep(stored_codes, [at_code]), as_stored, stored_size)
+            _store(builder, copied, builder.gep(to, [d]), stored_size)
             residual = builder.fsub(builder.fmul(entry, _splat(builder, scale, width) if wide else scale), code)
             product = builder.fmul(residual, residual, flags=("contract",))
             builder.store(builder.fadd(product, builder.load(squares), flags=("contract",)), squares)

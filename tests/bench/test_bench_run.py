@@ -197,8 +197,12 @@ def test_plot_needs_matplotlib(monkeypatch, capsys):
     [
         (["--suite", "lamm"], "--suite is 'lamm'; allowed are lam, tokenizer, memory"),
         (["--op", "x,nearest_code"], "--op is 'x'; allowed are nearest_code, vector_quantize"),
-        (["--providers", "nope"], "--providers is 'nope'; allowed are numba, triton, reference"),
+        (["--providers", "nope"], "--providers is 'nope'; allowed are numba, numba-exact, triton, reference"),
         (["--providers", ","], "--providers is empty; allowed are numba"),
+        (
+            ["--dtype", "float32,float16"],
+            "--dtype is 'float32,float16'; allowed are float32, float16, bfloat16, one of",
+        ),
         (["--device", "tpu"], "--device is 'tpu'; allowed are cpu, cuda"),
         (["--dtype", "int8"], "--dtype is 'int8'; allowed are float32"),
         (["--threads", "0"], "--threads is '0'; it must be a positive number"),

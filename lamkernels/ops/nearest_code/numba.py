@@ -8,6 +8,7 @@ than rounding can make, the fast path has found the minimum, and elsewhere the r
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ FLAGS: dict[str, Any] = {
 # Bytes of packed rows in a block, where the codes fit in a panel and where they do not, and of the codes in a panel:
 # together they stay in a 512 KiB cache.
 BLOCK_BYTES, ROW_BYTES, PANEL_BYTES = 96 * 1024, 128 * 1024, 192 * 1024
+SMALL_CODEBOOK = 1 << 13  # entries
 CHUNKS, MIN_CHUNK, MAX_CHUNK = 32, 256, 4096  # tasks, and rows in each: a function of the shape, never of the threads
 
 
@@ -360,6 +362,36 @@ _NEAREST = {
 }
 
 
+class Sizes(NamedTuple):
+    """How a lookup is cut up, by its shape alone: the results do not depend on the number of threads."""
+
+    padded: int  # codes, a multiple of TILE
+    panel: int  # codes that stay in the cache
+    chunk: int  # rows of a task
+    block: int  # rows that are packed at a time
+    chunks: int  # tasks of a head
+    workspace: int  # entries of the prepared codebook of a head
+
+
+@functools.lru_cache(maxsize=1024)
+def sizes_of(rows: int, num_codes: int, dim: int, itemsize: int, summing: bool = False) -> Sizes:
+    """The sizes for rows (N, D) and codes (K, D), ``itemsize`` bytes in the computed type.
+
+    ``summing``: every chunk has sums of its own, so that few chunks are best where the codebook is large.
+    """
+    padded = num_codes + -num_codes % TILE
+    tile_rows = VECTORS * (BITS // (8 * itemsize))
+    panel = max(TILE, PANEL_BYTES // (dim * itemsize) // TILE * TILE)
+    chunk = min(max(-(-rows // CHUNKS), MIN_CHUNK), MAX_CHUNK)
+    if summing and num_codes * dim > SMALL_CODEBOOK:
+        chunk = MAX_CHUNK
+    chunk += -chunk % tile_rows
+    # where the codes do not fit in a panel, more rows share each
+    block_bytes = BLOCK_BYTES if panel >= padded else ROW_BYTES
+    block = min(chunk, max(1, block_bytes // (dim * itemsize * tile_rows)) * tile_rows)
+    return Sizes(padded, panel, chunk, block, -(-rows // chunk), dim + 2 + padded * (2 + dim))
+
+
 class Lookup(NamedTuple):
     """The parameters of a lookup. The tensors are held because the parameters point at them."""
 
@@ -369,15 +401,17 @@ class Lookup(NamedTuple):
     tensors: tuple[Tensor, ...]
 
 
-def prepare_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out: Tensor) -> Lookup:
+def prepare_lookup(
+    x: Tensor, codebook: Tensor, metric: str, precision: str, out: Tensor, summing: bool = False
+) -> Lookup:
     """Lays out the parameters, as :func:`lay_out_lookup` does, and prepares the codebook of every head."""
-    lookup = lay_out_lookup(x, codebook, metric, precision, out)
+    lookup = lay_out_lookup(x, codebook, metric, precision, out, summing)
     heads = codebook.shape[0]
     launch(compiled(_PREPARE[lookup.tensors[1].dtype]), lookup.parameters, heads, codebook.numel())
     return lookup
 
 
-def lay_out_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out: Tensor) -> Lookup:
+def lay_out_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out: Tensor, summing: bool) -> Lookup:
     """Lays out the parameters and allocates the space of the prepared codebooks.
 
     Args:
@@ -386,6 +420,7 @@ def lay_out_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out
         metric: "l2", "dot", or "cosine" with normalised codes.
         precision: "exact" scans the rows that fp32 cannot decide in fp64; "fast" is "default" here.
         out: (H, N) int64, contiguous: where the indices go.
+        summing: as for :func:`sizes_of`.
     """
     (heads, rows, dim), num_codes = x.shape, codebook.shape[1]
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -393,37 +428,26 @@ def lay_out_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out
     codebook = codebook.to(computed)
     if codebook.stride()[1:] != (dim, 1):
         codebook = codebook.contiguous()
-    itemsize = computed.itemsize
-    padded = num_codes + -num_codes % TILE
-    tile_rows = VECTORS * (BITS // (8 * itemsize))
-    panel = max(TILE, PANEL_BYTES // (dim * itemsize) // TILE * TILE)
-    chunk = min(max(-(-rows // CHUNKS), MIN_CHUNK), MAX_CHUNK)
-    chunk += -chunk % tile_rows
-    # where the codes do not fit in a panel, more rows share each
-    block_bytes = BLOCK_BYTES if panel >= padded else ROW_BYTES
-    block = min(chunk, max(1, block_bytes // (dim * itemsize * tile_rows)) * tile_rows)
-    workspace = torch.empty(heads, dim + 2 + padded * (2 + dim), dtype=computed)
-    parameters = [
-        x.data_ptr(),
-        x.stride(0),
-        x.stride(1),
-        codebook.data_ptr(),
-        codebook.stride(0),
-        workspace.data_ptr(),
-        rows,
-        num_codes,
-        dim,
-        padded,
-        METRICS[metric],
-        precision == "exact",
-        panel,
-        chunk,
-        block,
-        out.data_ptr(),
-        heads,
-    ]
-    tasks = heads * -(-rows // chunk)
-    return Lookup(parameters, tasks, heads * rows * padded * dim, (x, codebook, workspace))
+    sizes = sizes_of(rows, num_codes, dim, computed.itemsize, summing)
+    workspace = torch.empty(heads, sizes.workspace, dtype=computed)
+    parameters = lookup_parameters(
+        (x.data_ptr(), x.stride(0), x.stride(1)), (codebook.data_ptr(), codebook.stride(0)), workspace.data_ptr(),
+        (rows, num_codes, dim), sizes, METRICS[metric], precision, out.data_ptr(), heads,
+    )  # fmt: skip
+    work = heads * rows * sizes.padded * dim
+    return Lookup(parameters, heads * sizes.chunks, work, (x, codebook, workspace))
+
+
+def lookup_parameters(
+    x: tuple[int, int, int], codebook: tuple[int, int], workspace: int, shape: tuple[int, int, int], sizes: Sizes,
+    metric: int, precision: str, out: int, heads: int,
+) -> list[int]:  # fmt: skip
+    """Elements 2 to LOOKUP − 1 of a kernel's array, from addresses, strides in elements and sizes."""
+    rows, num_codes, dim = shape
+    return [
+        *x, *codebook, workspace, rows, num_codes, dim, sizes.padded, metric, precision == "exact", sizes.panel,
+        sizes.chunk, sizes.block, out, heads,
+    ]  # fmt: skip
 
 
 def nearest_code(

@@ -14,7 +14,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from lamkernels.ops.code_statistics.numba import MAX_CHUNKED, sum_rows
+from lamkernels.ops.code_statistics.numba import sum_rows
 from lamkernels.ops.constants import COSINE_EPS, NOISE_EPS, ROTATION_EPS
 from lamkernels.ops.nearest_code.numba import (
     BITS_BF16,
@@ -32,6 +32,7 @@ from lamkernels.ops.nearest_code.numba import (
     prepare_lookup,
     rows_of_head,
     scan,
+    sizes_of,
 )
 from lamkernels.ops.parallel import compiled, launch
 from lamkernels.ops.simd import at, fetch_add, narrow, quantize_rows, widen
@@ -41,6 +42,8 @@ from lamkernels.ops.simd import at, fetch_add, narrow, quantize_rows, widen
 # rows (tasks, 2) fp64, 8 counts, 9 sums, 10 residual sums, 11 commitment loss, 12 codebook loss, 13 rows that are in,
 # 14 noise (H, N, D) or 0, 15 codes (H, N, D), with noise
 QUANTIZE = LOOKUP + 16
+MAX_PARTS = 1 << 21  # entries of all partial sums
+MIN_MERGED = 1 << 13  # codes of all chunks that are always merged
 
 
 @njit(**FLAGS)
@@ -379,13 +382,13 @@ def vector_quantize(
     commitment_loss, codebook_loss = (torch.zeros(heads, dtype=computed) for _ in range(2))
     num_rows = torch.zeros(heads, dtype=torch.int64)
 
-    lookup = prepare_lookup(x, codebook, metric, precision, indices)
+    summing = sums_by_chunk(heads, rows, num_codes, dim, computed.itemsize)
+    lookup = prepare_lookup(x, codebook, metric, precision, indices, summing)
     x, computed_codebook, _ = lookup.tensors
     stored_codebook = computed_codebook if x.dtype == computed else codebook.to(x.dtype).contiguous()
     mask = None if mask is None else mask.contiguous()
     noise = None if noise is None else noise.contiguous()
     codes = torch.empty((heads, 0 if noise is None else rows, dim), dtype=x.dtype)
-    summing = num_codes * dim <= MAX_CHUNKED and lookup.tasks > 0
     partial_sums = torch.empty((lookup.tasks, num_codes, dim) if summing else 0, dtype=computed)
     partial_counts = torch.empty((lookup.tasks, num_codes) if summing else 0, dtype=torch.int64)
     partial_loss = torch.empty((lookup.tasks, 2), dtype=torch.float64)
@@ -413,6 +416,12 @@ def vector_quantize(
     if not summing:
         sum_rows(_unit(x) if metric == "cosine" else x, indices, computed_codebook, counts, sums, residual_sums)
     return quantized, indices, commitment_loss, codebook_loss, counts, sums, residual_sums, num_rows, codes
+
+
+def sums_by_chunk(heads: int, rows: int, num_codes: int, dim: int, itemsize: int) -> bool:
+    """Whether every chunk sums by itself: where merging costs less than a pass of its own, in a few MiB."""
+    chunks = heads * sizes_of(rows, num_codes, dim, itemsize, True).chunks
+    return 0 < chunks * num_codes * dim <= MAX_PARTS and 2 * chunks * num_codes <= max(heads * rows, MIN_MERGED)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,25 +23,29 @@ from lamkernels.ops.nearest_code.numba import (
     F32,
     F64,
     FLAGS,
+    L2,
     LOOKUP,
     elements,
-    lay_out_lookup,
+    lookup_parameters,
     prepare_heads,
+    sizes_of,
 )
-from lamkernels.ops.parallel import call, compiled
+from lamkernels.ops.parallel import compiled, entry
 from lamkernels.ops.vector_quantize.numba import (
-    MAX_CHUNKED,
+    BACKWARD,
     QUANTIZE,
     backward_kernel,
     nan_and_zero,
     quantize_chunks,
+    sums_by_chunk,
 )
 
 MAX_WORK = 1 << 22  # N·K·D up to which one thread is as fast as several
 
 # The parameters behind those of the quantisation: 0 cluster sizes (K,), 1 code sums (K, D), 2 codebook (K, D), all in
-# the computed type, 3 and 4 the bits of the decay and of ε as fp64
-TRAIN = QUANTIZE + 5
+# the computed type, 3 and 4 the bits of the decay and of ε as fp64, 5 the place of how many rows are in
+ROWS_IN = QUANTIZE + 5
+TRAIN = QUANTIZE + 6
 
 
 @njit(**FLAGS)
@@ -104,9 +109,24 @@ def _bits(value: float) -> int:
     return ctypes.c_int64.from_buffer_copy(ctypes.c_double(value)).value
 
 
+@functools.cache
+def _train_entry(dtype: torch.dtype) -> Callable[[int], None]:
+    return entry(compiled(_TRAIN[dtype]))
+
+
+@functools.cache
+def _backward_entry(dtype: torch.dtype) -> Callable[[int], None]:
+    return entry(backward_kernel(dtype))
+
+
+TrainArray, BackwardArray = ctypes.c_int64 * TRAIN, ctypes.c_int64 * BACKWARD
+
+
 def fits(x: Tensor, codebook: Tensor) -> bool:
     """Whether a step of rows x (..., D) and a codebook (K, D) is small enough for this path."""
-    return 0 < x.numel() * codebook.shape[0] <= MAX_WORK and codebook.numel() <= MAX_CHUNKED
+    (num_codes, dim), rows = codebook.shape, x.numel() // codebook.shape[1]
+    small = 0 < x.numel() * num_codes <= MAX_WORK
+    return small and sums_by_chunk(1, rows, num_codes, dim, codebook.itemsize)
 
 
 class TrainStep(torch.autograd.Function):
@@ -116,59 +136,70 @@ class TrainStep(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, codebook: Tensor, sizes: Tensor, averages: Tensor, decay: float, eps: float, precision: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        num_codes, dim = codebook.shape
-        rows = x.reshape(1, -1, dim)
-        quantized = torch.empty(x.shape, dtype=x.dtype)
+        (num_codes, dim), computed, stored = codebook.shape, codebook.dtype, x.dtype
+        rows = _as_rows(x, dim)
+        count, item = rows.shape[0], computed.itemsize
+        cut = sizes_of(count, num_codes, dim, item, True)
+        size, tasks = num_codes * dim, cut.chunks
+        quantized = torch.empty(x.shape, dtype=stored)
         indices = torch.empty(x.shape[:-1], dtype=torch.int64)
-        loss = torch.empty((), dtype=codebook.dtype)
-        lookup = lay_out_lookup(rows, codebook[None], "l2", precision, indices)
-        stored = codebook if x.dtype == codebook.dtype else codebook.to(x.dtype)
-        # in entries of the computed type: sums, residual sums, partial sums, the other loss
-        size, tasks = num_codes * dim, lookup.tasks
-        floats = torch.empty((2 + tasks) * size + 1, dtype=codebook.dtype)
-        at, item = floats.data_ptr(), floats.itemsize
-        wide = torch.empty((1 + tasks) * num_codes + 2 * tasks + 1, dtype=torch.int64)  # counts, parts, losses, rows
-        at_wide = wide.data_ptr()
-        fill = nan_and_zero(x.dtype)
-        num_rows = at_wide + 8 * ((1 + tasks) * num_codes + 2 * tasks)
-        call(
-            compiled(_TRAIN[x.dtype]),
-            (
-                *lookup.parameters, quantized.data_ptr(), stored.data_ptr(), size, 0, fill.data_ptr(),
-                at + 2 * size * item, at_wide + 8 * num_codes, at_wide + 8 * (1 + tasks) * num_codes, at_wide, at,
-                at + size * item, loss.data_ptr(), at + (2 + tasks) * size * item, num_rows, 0, 0,
-                sizes.data_ptr(), averages.data_ptr(), codebook.data_ptr(), _bits(decay), _bits(eps),
+        loss = torch.empty((), dtype=computed)
+        # one piece of scratch: counts, partial counts and partial losses in 8 bytes; then in the computed type sums,
+        # residual sums, partial sums, the other loss and the prepared codebook
+        words = (1 + tasks) * num_codes + 2 * tasks
+        scratch = torch.empty(words * (8 // item) + (2 + tasks) * size + 1 + cut.workspace, dtype=computed)
+        at = scratch.data_ptr()
+        at_sums = at + 8 * words
+        at_other_loss = at_sums + (2 + tasks) * size * item
+        stored_codes = codebook if stored == computed else codebook.to(stored)
+        array = TrainArray(
+            0, 0,
+            *lookup_parameters(
+                (rows.data_ptr(), 0, rows.stride(0)), (codebook.data_ptr(), 0), at_other_loss + item,
+                (count, num_codes, dim), cut, L2, precision, indices.data_ptr(), 1,
             ),
+            quantized.data_ptr(), stored_codes.data_ptr(), size, 0, nan_and_zero(stored).data_ptr(),
+            at_sums + 2 * size * item, at + 8 * num_codes, at + 8 * (1 + tasks) * num_codes, at, at_sums,
+            at_sums + size * item, loss.data_ptr(), at_other_loss, 0, 0, 0,
+            sizes.data_ptr(), averages.data_ptr(), codebook.data_ptr(), _bits(decay), _bits(eps), 0,
         )  # fmt: skip
-        ctx.mark_non_differentiable(indices)
+        place = ctypes.addressof(array)
+        array[LOOKUP + 13] = place + 8 * ROWS_IN
+        _train_entry(stored)(place)
+        ctx.rows_in = array[ROWS_IN]
+        visible = indices if ctx.rows_in == count else indices.clamp(min=0)
+        ctx.mark_non_differentiable(visible)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, quantized, indices)
-        ctx.wide, ctx.num_rows = wide, num_rows  # the address, and what keeps it alive
-        return quantized, indices, loss
+        return quantized, visible, loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_quantized: Tensor | None, _: None, grad_loss: Tensor | None) -> Any:
         x, quantized, indices = ctx.saved_tensors
         dim = x.shape[-1]
-        rows = x.reshape(-1, dim)
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        rows = _as_rows(x, dim)
         grad_x = torch.empty(x.shape, dtype=x.dtype)
         if grad_loss is None:
             grad_loss = torch.zeros((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-        grad, strides = 0, [0, 0]
+        grad, grad_strides = 0, [0, 0]
         if grad_quantized is not None:
             grad_quantized = grad_quantized.reshape(-1, dim)
             if grad_quantized.stride(1) not in (0, 1):
                 grad_quantized = grad_quantized.contiguous()
-            grad, strides = grad_quantized.data_ptr(), list(grad_quantized.stride())
-        n = rows.shape[0]
-        call(
-            backward_kernel(x.dtype),
-            (
-                rows.data_ptr(), 0, rows.stride(0), quantized.data_ptr(), indices.data_ptr(), grad, n, 0, dim, 0,
-                *strides, grad_loss.data_ptr(), grad_loss.data_ptr(), ctx.num_rows, 0, grad_x.data_ptr(), 0, 1,
-                max(1, n), 0, 0, False, False,
-            ),
+            grad, grad_strides = grad_quantized.data_ptr(), list(grad_quantized.stride())
+        count, at_loss = rows.shape[0], grad_loss.data_ptr()
+        array = BackwardArray(
+            0, 0, rows.data_ptr(), 0, rows.stride(0), quantized.data_ptr(), indices.data_ptr(), grad, count, 0, dim, 0,
+            *grad_strides, at_loss, at_loss, 0, 0, grad_x.data_ptr(), 0, 1, count, 0, 0, 0, 0,
         )  # fmt: skip
+        rows_in = ctypes.c_int64(ctx.rows_in)
+        array[16] = ctypes.addressof(rows_in)
+        _backward_entry(x.dtype)(ctypes.addressof(array))
         return grad_x, None, None, None, None, None, None
+
+
+def _as_rows(x: Tensor, dim: int) -> Tensor:
+    """(N, D) with neighbours of a row next to each other in memory."""
+    rows = x if x.ndim == 2 else x.reshape(-1, dim)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
