@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import report
+from . import hard_data, report
 from .providers import PROVIDERS
 from .runner import Settings, run
 from .workloads import DTYPES, OPS, SUITES, select
@@ -91,6 +92,7 @@ def _parser() -> _Parser:
     add("--csv", type=Path, metavar="PATH", help="write all rows in fixed columns")
     add("--plot", type=Path, metavar="PATH", help="write bars per workload (png, svg or pdf)")
     add("--out", type=Path, metavar="DIR", help="write bench.json, bench.csv and bench.png there")
+    add("--hard-data", action="store_true", help="instead: which codes each provider gives on data made to mislead it")
     add("--list", action="store_true", help="list the workloads and providers, and run nothing")
     return parser
 
@@ -115,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no workload of suite {', '.join(args.suite)} has op {', '.join(args.op)} on {device}")
     if args.list:
         return _list(workloads, device)
+    if args.hard_data:
+        return _hard_data(args.providers, argv, paths["json"])
     settings = Settings(
         device=device,
         threads=args.threads,
@@ -145,6 +149,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"wrote {path}")
     failed = any(row.kind == "ours" and row.status in ("error", "wrong") for row in rows)
     return 130 if interrupted else int(failed)
+
+
+def _hard_data(providers: Sequence[str], argv: Sequence[str], path: Path | None) -> int:
+    found = hard_data.outcomes(providers)
+    print(hard_data.table(found))
+    print("rows with a wrong code; t: exact ties not to the lowest index; n: rows that are not finite with a code")
+    for outcome in found:
+        if outcome.error:
+            print(f"{outcome.provider} on {outcome.data}: {outcome.error}")
+    if path:
+        about = {"context": report.context("cpu", argv), "outcomes": [outcome._asdict() for outcome in found]}
+        report.replace_file(path, json.dumps(about, indent=1).encode())
+        print(f"wrote {path}")
+    ours = [o for o in found if PROVIDERS[o.provider].kind != "peer"]
+    return int(any(o.wrong or o.not_finite or o.error for o in ours))
 
 
 def _list(workloads: Sequence[Any], device: str) -> int:

@@ -221,7 +221,9 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def write_json(path: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
-    _replace(path, (json.dumps({"context": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n").encode())
+    replace_file(
+        path, (json.dumps({"context": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n").encode()
+    )
 
 
 def write_csv(path: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
@@ -232,7 +234,7 @@ def write_csv(path: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
     for row in rows:
         cells = {**asdict(row), **{name: about[name] for name in CONTEXT}}
         writer.writerow({name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in cells.items()})
-    _replace(path, text.getvalue().encode())
+    replace_file(path, text.getvalue().encode())
 
 
 def write_plot(path: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
@@ -277,10 +279,11 @@ def write_plot(path: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
     kind = path.suffix.lstrip(".") or "png"
     figure.savefig(image, format=kind, dpi=130)
     pyplot.close(figure)
-    _replace(path, image.getvalue())
+    replace_file(path, image.getvalue())
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes under another name and renames: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_bytes(content)
