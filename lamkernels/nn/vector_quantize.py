@@ -249,6 +249,7 @@ class VectorQuantize(nn.Module):
         if self.dead_code_threshold > 0 and x is not None:
             self._replace_dead_codes(x, mask)
 
+    @torch.no_grad()
     def _replace_dead_codes(self, x: Tensor, mask: Tensor | None) -> None:
         rows = x.reshape(-1, self.dim)
         if rows.shape[0] == 0:
