@@ -255,8 +255,11 @@ class VectorQuantize(nn.Module):
         if rows.shape[0] == 0:
             return
         drawn = torch.randint(rows.shape[0], (self.codebook_size,), device=x.device)
+        dead = self.cluster_size < self.dead_code_threshold
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not dead.any():
+            return  # asking costs nothing here
         candidates = self._normalize(rows[drawn].to(self.codebook))
-        dead = (self.cluster_size < self.dead_code_threshold) & candidates.isfinite().all(-1)
+        dead = dead & candidates.isfinite().all(-1)
         if mask is not None:
             dead &= mask.reshape(-1)[drawn]
         # torch.where and copy_, not a boolean index: the number of dead codes stays on the device
