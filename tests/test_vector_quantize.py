@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import DTYPES, assert_contract
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import lamkernels as lk
@@ -252,6 +254,48 @@ def test_every_gradient_under_every_metric(backend, shape, gradient, metric, dty
         # with noise, a half output is saved as its code: one rounding more in x − q, which r divides
         scale = exact.abs().max().clamp(min=1)
         torch.testing.assert_close(ours.double(), exact, rtol=20 * unit + 4 * half, atol=scale * (20 * unit + 4 * half))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    heads=st.integers(1, 3),
+    rows=st.integers(0, 120),
+    codes=st.integers(1, 40),
+    dim=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    metric=st.sampled_from(["l2", "dot"]),
+    gradient=st.sampled_from(["ste", "rotation", "noise"]),
+    layout=st.sampled_from(["plain", "transposed", "every second entry", "expanded"]),
+    masked=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_numba_is_the_reference_on_integers(heads, rows, codes, dim, dtype, metric, gradient, layout, masked, seed):
+    # of integers every score is exact, so that both find the same code, and exact ties are many
+    torch.manual_seed(seed)
+    values = torch.randint(-3, 4, (heads, rows, 2 * dim)).to(dtype)
+    x = {
+        "plain": lambda: values[..., :dim].contiguous(),
+        "transposed": lambda: values[..., :dim].transpose(0, 1).contiguous().transpose(0, 1),
+        "every second entry": lambda: values[..., ::2],
+        "expanded": lambda: values[:, :1, :dim].expand(heads, rows, dim) if rows else values[..., :dim],
+    }[layout]()
+    codebook = torch.randint(-3, 4, (heads, codes, dim)).to(dtype)
+    options = {"mask": torch.rand(heads, rows) < 0.7} if masked else {}
+    if gradient == "noise":
+        options["noise"] = torch.randn(heads, rows, dim).to(dtype)
+    grad, results = torch.randn(heads, rows, dim).to(dtype), []
+    for backend in ("reference", "numba"):
+        leaf, codes_leaf = x.detach().requires_grad_(), codebook.clone().requires_grad_()
+        out = lk.vector_quantize(leaf, codes_leaf, metric=metric, gradient=gradient, backend=backend, **options)
+        torch.autograd.backward([out.quantized, out.commitment_loss + 2 * out.codebook_loss], [grad, None])
+        results.append((out, leaf.grad, codes_leaf.grad))
+    (reference, *grads), (out, *ours) = results
+    assert torch.equal(out.indices, reference.indices) and torch.equal(out.counts, reference.counts)
+    half = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(dtype, 1e-6)
+    for a, b in zip((out.quantized, *ours), (reference.quantized, *grads), strict=True):
+        torch.testing.assert_close(a, b, rtol=half, atol=4 * half)
+    for a, b in ((out.commitment_loss, reference.commitment_loss), (out.sums, reference.sums)):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("gradient", ["rotation", "noise"])
