@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import hard_data, report
+from . import first_call, hard_data, report
 from .providers import PROVIDERS
 from .runner import Settings, run
 from .workloads import DTYPES, OPS, SUITES, select
@@ -93,6 +93,7 @@ def _parser() -> _Parser:
     add("--plot", type=Path, metavar="PATH", help="write bars per workload (png, svg or pdf)")
     add("--out", type=Path, metavar="DIR", help="write bench.json, bench.csv and bench.png there")
     add("--hard-data", action="store_true", help="instead: which codes each provider gives on data made to mislead it")
+    add("--first-call", action="store_true", help="instead: what the first calls on the CPU cost")
     add("--list", action="store_true", help="list the workloads and providers, and run nothing")
     return parser
 
@@ -119,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _list(workloads, device)
     if args.hard_data:
         return _hard_data(args.providers, argv, paths["json"])
+    if args.first_call:
+        return _first_call(argv, paths["json"])
     settings = Settings(
         device=device,
         threads=args.threads,
@@ -158,12 +161,25 @@ def _hard_data(providers: Sequence[str], argv: Sequence[str], path: Path | None)
     for outcome in found:
         if outcome.error:
             print(f"{outcome.provider} on {outcome.data}: {outcome.error}")
-    if path:
-        about = {"context": report.context("cpu", argv), "outcomes": [outcome._asdict() for outcome in found]}
-        report.replace_file(path, json.dumps(about, indent=1).encode())
-        print(f"wrote {path}")
+    _write(path, argv, {"outcomes": [outcome._asdict() for outcome in found]})
     ours = [o for o in found if PROVIDERS[o.provider].kind != "peer"]
     return int(any(o.wrong or o.not_finite or o.error for o in ours))
+
+
+def _first_call(argv: Sequence[str], path: Path | None) -> int:
+    seconds = first_call.first_calls()
+    print(f"{'s':40}{'compiled':>10}{'cached':>10}")
+    for name, compiled in seconds["compiled"].items():
+        print(f"{name:40}{compiled:10.2f}{seconds['cached'][name]:10.2f}")
+    _write(path, argv, {"seconds": seconds})
+    return 0
+
+
+def _write(path: Path | None, argv: Sequence[str], found: dict[str, Any]) -> None:
+    if path:
+        about = {"context": report.context("cpu", argv)} | found
+        report.replace_file(path, (json.dumps(about, indent=1) + "\n").encode())
+        print(f"wrote {path}")
 
 
 def _list(workloads: Sequence[Any], device: str) -> int:

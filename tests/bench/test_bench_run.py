@@ -222,3 +222,20 @@ def test_list_runs_nothing(capsys):
     assert cli.main(["--list", "--suite", "memory", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "nearest_code N=262144 K=8192 D=32" in shown and "faiss" in shown
+
+
+def test_hard_data_names_who_goes_wrong(tmp_path, capsys):
+    assert cli.main(["--hard-data", "--providers", "reference,eager", "--json", str(tmp_path / "found.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "| NaN and infinity | 113 | 0 | 113 + 87 n |" in printed
+    outcomes = json.loads((tmp_path / "found.json").read_text())["outcomes"]
+    assert {outcome["wrong"] for outcome in outcomes if outcome["provider"] == "reference"} == {0}
+    assert any(outcome["wrong"] for outcome in outcomes if outcome["provider"] == "eager")
+
+
+def test_the_first_call_is_timed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LAMKERNELS_BACKEND", "reference")  # nothing to compile
+    assert cli.main(["--first-call", "--json", str(tmp_path / "first.json")]) == 0
+    seconds = json.loads((tmp_path / "first.json").read_text())["seconds"]
+    assert all(value > 0 for times in seconds.values() for value in times.values())
+    assert "nearest_code" in capsys.readouterr().out
