@@ -72,7 +72,8 @@ def resident(target: str, num_rows: int, num_codes: int, dim: int) -> Tile | Non
     if dim % ALIGNED and max(codes, entries) > 64:
         return None
     size = codes * entries
-    warps = 4 if size <= 2048 or target.startswith("gfx") else 8  # a wave of gfx has 64 lanes
+    narrow = size <= 2048 and (entries < 128 or target in RESIDENT_ENTRIES)
+    warps = 4 if narrow or target.startswith("gfx") else 8  # a wave of gfx has 64 lanes
     # the sums, the one-hot factor and the rows are held at once: more rows than this spill registers
     if size > 4096 or max(codes, entries) > 64:
         return Tile(16, codes, entries, warps, 1, registers(target))
@@ -106,6 +107,12 @@ def segments(target: str, dim: int, dtype: torch.dtype) -> Tile:
         return Tile(16, 16, 16, 4, 1, registers(target))
     wide = dim % ALIGNED == 0 and target in RESIDENT_ENTRIES
     return Tile(64, 64, min(power(dim), 64 if wide else 32), 4, 1, registers(target))
+
+
+def by_row(target: str, dim: int) -> Tile:
+    """The tile of a pass with fp64 sums over each row: half the entries of :func:`elementwise`."""
+    entries = min(power(dim, 1), 256)
+    return Tile(32 if target == "interpreter" else 1024 // entries, 1, entries, 4, 1, registers(target))
 
 
 def elementwise(target: str, dim: int) -> Tile:

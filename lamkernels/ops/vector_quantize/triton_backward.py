@@ -192,7 +192,7 @@ def vector_quantize_backward(
     noise = None if noise is None or grad_quantized is None else noise.contiguous()
     pull = None if noise is None else residual_sums.new_empty(x.shape)
     by_row = rotation or noise is not None or metric == "cosine"
-    tile = tuning.elementwise(tuning.target_of(x.device), dim)
+    tile = (tuning.by_row if by_row else tuning.elementwise)(tuning.target_of(x.device), dim)
     tiles, chunks = triton.cdiv(rows, tile.rows), 1 if by_row else triton.cdiv(dim, tile.dim)
     code_tiles = triton.cdiv(num_codes * dim, tile.rows * tile.dim)
     row_programs = heads * tiles * chunks
