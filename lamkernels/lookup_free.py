@@ -172,7 +172,7 @@ def finite_scalar_quantize(
 
     Args:
         x: (..., D); float32, float16, bfloat16 or float64, any strides.
-        levels: the number of levels of each of the D columns, each at least 2, their product below 2⁶³.
+        levels: the number of levels of each of the D columns, each in [2, 65536], their product below 2⁶³.
         symmetric: the L values (2j − L + 1) / (L − 1) in [−1, 1] instead, the nearest to tanh(z), upwards from a tie
             (Parker et al. 2024, section 3.2).
         backend: as for :func:`nearest_code`.

@@ -41,6 +41,11 @@ def check_number(name: str, value: float, valid: Callable[[float], bool], rule: 
         raise ValueError(f"{name} is {value}; it must be {rule}")
 
 
+def check_weight(name: str, value: float) -> None:
+    """A finite number of at least 0, else TypeError or ValueError."""
+    check_number(name, value, lambda value: 0 <= value < math.inf, "at least 0 and finite")
+
+
 def check_float(name: str, tensor: Tensor) -> None:
     """A tensor (..., D) of a supported floating dtype, else TypeError or ValueError."""
     if not isinstance(tensor, Tensor):
@@ -108,19 +113,20 @@ def check_tensors(x: Tensor, codebook: Tensor) -> None:
 
 
 def check_levels(levels: Sequence[int]) -> list[int]:
-    """At least one level count, each at least 2, with a product that int64 can index, else TypeError or ValueError."""
+    """At least one count, each from 2 to 65536, with a product that int64 can index, else TypeError or ValueError."""
     counts = list(levels)
     if not all(isinstance(count, int) for count in counts):
         raise TypeError(f"levels is {levels!r}; it must be a sequence of integers")
-    if not counts or min(counts) < 2 or math.prod(counts) >= 2**63:
-        raise ValueError(f"levels is {counts}; there must be at least one, each at least 2, with a product below 2**63")
+    if not counts or min(counts) < 2 or max(counts) > 2**16 or math.prod(counts) >= 2**63:
+        raise ValueError(
+            f"levels is {counts}; there must be at least one, each in [2, 65536], with a product below 2**63"
+        )
     return counts
 
 
 def check_positive(name: str, value: float) -> None:
-    """A positive and finite number, else ValueError."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value}; it must be positive and finite")
+    """A positive and finite number, else TypeError or ValueError."""
+    check_number(name, value, lambda value: 0 < value < math.inf, "positive and finite")
 
 
 def refuse_tangents(*tensors: Tensor) -> None:

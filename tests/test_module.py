@@ -239,3 +239,73 @@ def test_state_loads_into_a_module_on_the_meta_device():
     vq.load_state_dict(state, assign=True)
     assert torch.equal(vq.codebook, state["codebook"])
     lk.VectorQuantize(4, 6, device="meta").load_state_dict(vq.to("meta").state_dict())
+
+
+def step(vq, x):
+    leaf = x.clone().requires_grad_()
+    quantized, indices, loss = vq(leaf)
+    (quantized.square().sum() + loss).backward()
+    return quantized, indices, loss, leaf.grad, *(value.contiguous() for value in vq.state_dict().values())
+
+
+@pytest.mark.parametrize("layout", ["transposed", "columns of a wider one", "another dtype"])
+def test_buffers_of_any_layout_train_alike(layout):
+    x = torch.randn(32, 8)
+    expected = lk.VectorQuantize(8, 16)
+    odd = lk.VectorQuantize(8, 16)
+    odd.load_state_dict(expected.state_dict())
+    wide = torch.full((16, 20), 7.0)
+    if layout == "transposed":
+        odd.codebook, odd.code_sums = odd.codebook.T.contiguous().T, odd.code_sums.T.contiguous().T
+    elif layout == "columns of a wider one":
+        wide[:, :8] = odd.codebook
+        odd.codebook = wide[:, :8]
+    else:
+        odd.cluster_size = odd.cluster_size.double()
+    assert not odd._is_launch_bound(x)
+    for mine, theirs in zip(step(odd, x), step(expected, x), strict=True):
+        torch.testing.assert_close(mine, theirs, check_dtype=False)
+    assert (wide[:, 8:] == 7).all()
+
+
+def test_autograd_notices_the_update_of_a_small_step():
+    for rows in (32, 40000):
+        vq, h = lk.VectorQuantize(8, 16), torch.randn(4, 8, requires_grad=True)
+        loss = (h @ vq.codebook.T).square().sum()
+        vq(torch.randn(rows, 8))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_training_beside_another_default_device_and_under_a_mode():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        seen = ()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen += (str(function),)
+            return function(*args, **(kwargs or {}))
+
+    x, first, second, third = torch.randn(32, 8), *(lk.VectorQuantize(8, 16) for _ in range(3))
+    for other in (second, third):
+        other.load_state_dict(first.state_dict())
+    expected = step(first, x)
+    with torch.device("meta"):
+        on_meta = step(second, x)
+    with Recorder() as recorder:
+        recorded = step(third, x)
+    for got in (on_meta, recorded):
+        for mine, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert any("lamkernels.vector_quantize" in name for name in recorder.seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_cosine_statistics_are_those_of_the_operator(backend, dtype):
+    vq = lk.VectorQuantize(64, 6, metric="cosine", backend=backend)
+    x = (15000 * torch.randn(500, 64)).to(dtype)
+    out = lk.vector_quantize(x, vq.codebook, metric="cosine", backend=backend)
+    counts, sums = vq.code_statistics(x, out.indices)
+    assert torch.equal(counts, out.counts)
+    torch.testing.assert_close(sums, out.sums, rtol=1e-5, atol=1e-4)

@@ -329,6 +329,16 @@ def test_rotation_is_that_of_vector_quantize_pytorch(backend):
     torch.testing.assert_close(mine, x.grad)
 
 
+def test_noise_of_half_rows_has_the_length_of_the_residual_from_the_fp32_code(backend):
+    codebook = torch.randn(20, 64)
+    x, noise = codebook.bfloat16(), torch.randn(20, 64).bfloat16()
+    out = lk.vector_quantize(x, codebook, gradient="noise", noise=noise, backend=backend)
+    residual = (x.double() - codebook.double()).norm(dim=-1, keepdim=True)
+    exact = x.double() + residual / noise.double().norm(dim=-1, keepdim=True) * noise.double()
+    torch.testing.assert_close(out.quantized, exact.bfloat16(), rtol=2.0**-7, atol=0)
+    assert (out.quantized != x).any()
+
+
 def test_noise_comes_from_the_generator():
     x, codebook = torch.randn(50, 8), torch.randn(4, 8)
 
@@ -352,9 +362,10 @@ def test_second_derivatives_are_refused():
         lk.vector_quantize(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones(5, 3)), codebook)
 
 
+@pytest.mark.parametrize("codes", [12, 5000])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e19, 1e30])
-def test_cosine_of_rows_of_any_size(backend, scale):
-    x, codebook = scale * torch.randn(200, 8), scale * torch.randn(12, 8)
+def test_cosine_of_rows_of_any_size(backend, scale, codes):
+    x, codebook = scale * torch.randn(200, 8), scale * torch.randn(codes, 8)
     x[3], x[5, 0], codebook[4, 1] = torch.nan, torch.inf, torch.nan
     x.requires_grad_(), codebook.requires_grad_()
     mask = torch.arange(200) != 7
@@ -363,6 +374,8 @@ def test_cosine_of_rows_of_any_size(backend, scale):
     out = lk.vector_quantize(x, codebook, metric="cosine", mask=mask, backend=backend)
     inside = mask & x.detach().isfinite().all(-1)
     rows, codes = F.normalize(x.detach().double(), dim=-1), F.normalize(codebook.detach().double(), dim=-1)
+    sums = torch.zeros_like(codes).index_add(0, out.indices[inside], rows[inside])
+    torch.testing.assert_close(out.sums.double(), sums, rtol=1e-6, atol=1e-5)
     products = (rows @ codes.nan_to_num(0.0).T)[inside]
     products[:, 4] = -2
     regret = products.amax(1) - products.gather(1, out.indices[inside][:, None])[:, 0]

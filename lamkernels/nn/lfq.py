@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from lamkernels.lookup_free import ZEROS, Zero, check_bits, lookup_free_codes, lookup_free_quantize
 from lamkernels.nn.indices import module_indices
-from lamkernels.validation import BACKENDS, Backend, check_option, check_positive
+from lamkernels.validation import (
+    BACKENDS,
+    Backend,
+    check_integer,
+    check_number,
+    check_option,
+    check_positive,
+    check_weight,
+)
 
 
 class LFQ(nn.Module):
@@ -53,6 +63,13 @@ class LFQ(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        check_integer("dim", dim)
+        for name, value in (
+            ("entropy_loss_weight", entropy_loss_weight),
+            ("commitment_loss_weight", commitment_loss_weight),
+        ):
+            check_weight(name, value)
+        check_number("diversity_gamma", diversity_gamma, math.isfinite, "finite")
         check_bits(dim, entropy_loss_weight != 0 and diversity_gamma != 0)
         check_positive("inv_temperature", inv_temperature)
         check_positive("codebook_scale", codebook_scale)

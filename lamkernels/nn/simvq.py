@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lamkernels.functional import lookup, vector_quantize
 from lamkernels.nn.indices import module_indices
-from lamkernels.validation import BACKENDS, PRECISIONS, Backend, Precision, check_option
+from lamkernels.validation import BACKENDS, PRECISIONS, Backend, Precision, check_integer, check_option, check_weight
 
 
 class SimVQ(nn.Module):
@@ -68,8 +68,9 @@ class SimVQ(nn.Module):
             raise ValueError(f"dtype is {dtype}; it must be float32 or float64")
         frozen_dim = dim if frozen_dim is None else frozen_dim
         for name, value in (("dim", dim), ("codebook_size", codebook_size), ("frozen_dim", frozen_dim)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+            check_integer(name, value)
+        check_weight("commitment_weight", commitment_weight)
+        check_weight("codebook_weight", codebook_weight)
         self.dim, self.codebook_size = dim, codebook_size
         self.commitment_weight, self.codebook_weight = commitment_weight, codebook_weight
         self.precision, self.backend = precision, backend

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lamkernels.backend import resolve
 from lamkernels.functional import code_statistics, nearest_code, vector_quantize
 from lamkernels.nn.indices import module_indices
+from lamkernels.ops.constants import COSINE_EPS
 from lamkernels.validation import (
     BACKENDS,
     GRADIENTS,
@@ -25,6 +27,7 @@ from lamkernels.validation import (
     check_number,
     check_option,
     check_tensors,
+    check_weight,
     refuse_tangents,
 )
 
@@ -123,13 +126,13 @@ class VectorQuantize(nn.Module):
         for name, size in (("dim", dim), ("codebook_size", codebook_size), ("kmeans_iters", kmeans_iters)):
             check_integer(name, size)
         check_number("decay", decay, lambda value: 0 <= value <= 1, "in [0, 1]")
-        check_number("eps", eps, lambda value: value > 0, "positive")
+        check_number("eps", eps, lambda value: 0 < value < math.inf, "positive and finite")
         for name, value in (
             ("dead_code_threshold", dead_code_threshold),
             ("commitment_weight", commitment_weight),
             ("codebook_weight", codebook_weight),
         ):
-            check_number(name, value, lambda value: value >= 0, "at least 0")
+            check_weight(name, value)
         self.dim, self.codebook_size = dim, codebook_size
         self.update, self.decay, self.eps, self.ema_update = update, decay, eps, ema_update
         self.init, self.kmeans_iters, self.dead_code_threshold = init, kmeans_iters, dead_code_threshold
@@ -202,8 +205,9 @@ class VectorQuantize(nn.Module):
             and self.gradient == "ste"
             and type(x) in (Tensor, nn.Parameter)
             and x.device.type == "cpu"
+            and torch._C._len_torch_dispatch_stack() == 0  # a mode must see every operator
             and resolve(self.backend, "cpu") == "numba"
-            and _train_module().fits(x, self.codebook)
+            and _train_module().fits(x, self.codebook, self.cluster_size, self.code_sums)
         )
 
     def _train_step(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,7 +294,10 @@ class VectorQuantize(nn.Module):
         self._needs_init = False
 
     def _normalize(self, rows: Tensor) -> Tensor:
-        return nn.functional.normalize(rows, dim=-1, eps=1e-12) if self.metric == "cosine" else rows
+        """For the cosine, rows of the length 1 in the dtype of the codebook."""
+        if self.metric != "cosine":
+            return rows
+        return nn.functional.normalize(rows.double(), dim=-1, eps=COSINE_EPS).to(self.codebook.dtype)
 
     def _restart_averages(self) -> None:
         self.cluster_size.fill_(1.0)

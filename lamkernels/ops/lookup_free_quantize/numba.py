@@ -94,11 +94,11 @@ def _code(value, scale, keep_zero, computed):
 @njit(**FLAGS)
 def _losses(packed, scale, logit_scale, keep_zero, computed):
     """Σ (x − q)² and Σ H(σ(4βs·x)) of packed entries."""
-    commitment, entropy = computed, computed
+    commitment, entropy = np.float64(0.0), computed
     one, largest = narrow(1.0, computed), narrow(LARGEST, computed)
     for i in range(packed.size):
         residual = packed[i] - _code(packed[i], scale, keep_zero, computed)
-        commitment += residual * residual
+        commitment += np.float64(residual) * residual
     for i in range(packed.size):
         logit = min(abs(logit_scale * packed[i]), largest)
         e = exp_negative(-logit)

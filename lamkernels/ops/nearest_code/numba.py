@@ -203,7 +203,7 @@ def scan(x, stride, first, stop, last, codebook, codes, options, scratch, out):
         for n in range(stop - first):
             bad[n] |= np.float64(square[n]) * np.float64(codes.radius[0]) ** 2 < tiny
     if exact:
-        _mark_undecided(best, second, square, stop - first, dim, codes.radius[0], bad)
+        _mark_undecided(best, second, square, stop - first, dim, codes.radius[0], euclidean, bad)
     for n in range(stop - first):
         if bad[n]:
             at_row = (first + n) * stride
@@ -213,18 +213,21 @@ def scan(x, stride, first, stop, last, codebook, codes, options, scratch, out):
 
 
 @njit(**FLAGS)
-def _mark_undecided(best, second, square, rows, dim, radius, bad):
+def _mark_undecided(best, second, square, rows, dim, radius, euclidean, bad):
     """Marks the rows whose two least scores may be in the wrong order.
 
     With u half the machine epsilon, T = ‖x−μ‖ and C = max‖c−μ‖, a score is off by at most
     u·((D + 4)·T·C + 3·C²): T·C from rounding x−μ, one from c−μ, D from the chain of products, one from the last
-    addition; C² from c−μ, and half of it from the norm and from the last addition. Norms are summed in fp64, so that
-    only for fp64 rows D/2·C² comes on top. 5 % cover the terms in u², the last term what underflows.
+    addition; C² from c−μ, and half of it from the norm and from the last addition; without norms and μ ("dot") none of
+    these. Norms are summed in fp64, so that only for fp64 rows D/2·C² comes on top. 5 % cover the terms in u², the last
+    term what underflows.
     """
-    unit, norm_terms = (1.05 * 2.0**-53, dim) if best.itemsize == 8 else (1.05 * 2.0**-24, 0)
+    unit, norm_terms, tiny = (1.05 * 2.0**-53, dim + 3, 1e-307) if best.itemsize == 8 else (1.05 * 2.0**-24, 3, 1e-37)
+    if not euclidean:
+        norm_terms = 0
     radius = np.float64(radius)
     per_reach = 2 * unit * (dim + 4) * radius
-    least = 2 * (unit * (norm_terms + 3) * radius * radius + dim * 1e-37)
+    least = 2 * (unit * norm_terms * radius * radius + dim * tiny)
     for n in range(rows):
         gap = np.float64(second[n]) - np.float64(best[n])
         bad[n] |= not gap > per_reach * np.sqrt(np.float64(square[n])) + least  # NaN is undecided too

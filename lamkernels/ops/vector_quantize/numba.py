@@ -101,7 +101,7 @@ def quantize_chunks(p, stored, computed):
                 for n in range(start, stop):
                     if out[n] >= 0:
                         row, here = x[n * stride : n * stride + dim], slice(n * dim, (n + 1) * dim)
-                        _substitute(row, scales[n - start], chosen[here], noise[here], quantized[here], stored)
+                        _substitute(row, scales[n - start], codebook[out[n]], noise[here], quantized[here], stored)
         part = elements(a[LOOKUP + 7], task * 2, 2, np.float64(0))
         part[0], part[1] = loss[0], inside
         if fetch_add(a, 1) == chunks * a[18] - 1:
@@ -126,7 +126,7 @@ def _substitute(row, scale, code, noise, quantized, stored):
     """NSVQ: quantized = x + (‖x − c‖ / ‖v‖ + ε) v of one row."""
     residual, length = 0.0, 0.0
     for d in range(row.shape[0]):
-        residual += (np.float64(widen(row[d]) * scale) - np.float64(widen(code[d]))) ** 2
+        residual += (np.float64(widen(row[d]) * scale) - np.float64(code[d])) ** 2
         length += np.float64(widen(noise[d])) ** 2
     factor = np.sqrt(residual / length) + NOISE_EPS if length > 0.0 else 0.0
     for d in range(row.shape[0]):
@@ -425,8 +425,9 @@ def sums_by_chunk(heads: int, rows: int, num_codes: int, dim: int, itemsize: int
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Normalised rows in the computed type; rows that are not finite are in no sum."""
-    return torch.nn.functional.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=COSINE_EPS)
+    """Normalised rows in the computed type, the norm in fp64; rows that are not finite are in no sum."""
+    rows = torch.nn.functional.normalize(x.double(), dim=-1, eps=COSINE_EPS)
+    return rows.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def vector_quantize_backward(

@@ -119,14 +119,26 @@ def _backward_entry(dtype: torch.dtype) -> Callable[[int], None]:
     return entry(backward_kernel(dtype))
 
 
+CPU = torch.device("cpu")  # named, because another device may be the default
 TrainArray, BackwardArray = ctypes.c_int64 * TRAIN, ctypes.c_int64 * BACKWARD
 
 
-def fits(x: Tensor, codebook: Tensor) -> bool:
-    """Whether a step of rows x (..., D) and a codebook (K, D) is small enough for this path."""
-    (num_codes, dim), rows = codebook.shape, x.numel() // codebook.shape[1]
-    small = 0 < x.numel() * num_codes <= MAX_WORK
-    return small and sums_by_chunk(1, rows, num_codes, dim, codebook.itemsize)
+def fits(x: Tensor, codebook: Tensor, sizes: Tensor, averages: Tensor) -> bool:
+    """Whether rows x (..., D) and EMA buffers (K, D), (K,) and (K, D) are small and laid out as this path needs."""
+    if codebook.ndim != 2 or x.ndim == 0:
+        return False
+    num_codes, dim = codebook.shape
+    return (
+        0 < x.numel() * num_codes <= MAX_WORK
+        and x.shape[-1] == dim
+        and sizes.shape == (num_codes,)
+        and averages.shape == codebook.shape
+        and all(
+            t.dtype == codebook.dtype and t.device == x.device and t.is_contiguous()
+            for t in (codebook, sizes, averages)
+        )
+        and sums_by_chunk(1, x.numel() // dim, num_codes, dim, codebook.itemsize)
+    )
 
 
 class TrainStep(torch.autograd.Function):
@@ -141,13 +153,14 @@ class TrainStep(torch.autograd.Function):
         count, item = rows.shape[0], computed.itemsize
         cut = sizes_of(count, num_codes, dim, item, True)
         size, tasks = num_codes * dim, cut.chunks
-        quantized = torch.empty(x.shape, dtype=stored)
-        indices = torch.empty(x.shape[:-1], dtype=torch.int64)
-        loss = torch.empty((), dtype=computed)
+        quantized = torch.empty(x.shape, dtype=stored, device=CPU)
+        indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=CPU)
+        loss = torch.empty((), dtype=computed, device=CPU)
         # one piece of scratch: counts, partial counts and partial losses in 8 bytes; then in the computed type sums,
         # residual sums, partial sums, the other loss and the prepared codebook
         words = (1 + tasks) * num_codes + 2 * tasks
-        scratch = torch.empty(words * (8 // item) + (2 + tasks) * size + 1 + cut.workspace, dtype=computed)
+        entries = words * (8 // item) + (2 + tasks) * size + 1 + cut.workspace
+        scratch = torch.empty(entries, dtype=computed, device=CPU)
         at = scratch.data_ptr()
         at_sums = at + 8 * words
         at_other_loss = at_sums + (2 + tasks) * size * item
@@ -166,6 +179,9 @@ class TrainStep(torch.autograd.Function):
         place = ctypes.addressof(array)
         array[LOOKUP + 13] = place + 8 * ROWS_IN
         _train_entry(stored)(place)
+        for buffer in (codebook, sizes, averages):
+            if not buffer.is_inference():
+                torch.autograd.graph.increment_version(buffer)  # autograd notices an in-place update by it
         ctx.rows_in = array[ROWS_IN]
         visible = indices if ctx.rows_in == count else indices.clamp(min=0)
         ctx.mark_non_differentiable(visible)
@@ -179,9 +195,10 @@ class TrainStep(torch.autograd.Function):
         x, quantized, indices = ctx.saved_tensors
         dim = x.shape[-1]
         rows = _as_rows(x, dim)
-        grad_x = torch.empty(x.shape, dtype=x.dtype)
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=CPU)
         if grad_loss is None:
-            grad_loss = torch.zeros((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+            computed = torch.float64 if x.dtype == torch.float64 else torch.float32
+            grad_loss = torch.zeros((), dtype=computed, device=CPU)
         grad, grad_strides = 0, [0, 0]
         if grad_quantized is not None:
             grad_quantized = grad_quantized.reshape(-1, dim)
