@@ -149,3 +149,14 @@ def test_checkpointing_recomputes_the_same(backend):
     x.grad = codebook.grad = None
     checkpoint(lambda x, c: quantize(x, c, backend)[0], x, codebook, use_reentrant=False).backward()
     torch.testing.assert_close(plain, (x.grad, codebook.grad))
+
+
+def test_codes_of_indices_under_vmap():
+    indices = torch.tensor([[0, 3, -1], [2, 1, 0]])
+    codebook = torch.randn(4, 5)
+    for function in (
+        lambda i: lk.lookup(i, codebook),
+        lambda i: lk.finite_scalar_codes(i, [2, 2]),
+        lambda i: lk.lookup_free_codes(i, 2),
+    ):
+        torch.testing.assert_close(torch.vmap(function)(indices), function(indices), equal_nan=True)
