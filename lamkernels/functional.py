@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamkernels.ops.code_statistics.op import code_statistics as _code_statistics
-from lamkernels.ops.constants import COSINE_EPS
+from lamkernels.ops.cosine import unit_rows
 from lamkernels.ops.nearest_code.op import nearest_code as _nearest_code
 from lamkernels.ops.vector_quantize.op import vector_quantize as _vector_quantize
 from lamkernels.validation import (
@@ -305,17 +305,16 @@ def _canonical(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tupl
     """
     if metric == "cosine":
         exact = precision == "exact" or x.dtype == torch.float64
-        codebook = _unit(codebook).to(torch.float64 if exact else torch.float32)
+        codebook = _unit(codebook, torch.float64 if exact else torch.float32)
         if exact:
-            x, metric = _unit(x), "dot"
+            x, metric = _unit(x, torch.float64), "dot"
     dim = codebook.shape[-1]
     if codebook.ndim == 2:
         return x.reshape(1, -1, dim), codebook.unsqueeze(0), metric
     return x.reshape(codebook.shape[0], x.shape[1:-1].numel(), dim), codebook, metric
 
 
-def _unit(vectors: Tensor) -> Tensor:
-    """(..., D) normalised in fp64. One that is not finite becomes NaN, without a gradient."""
+def _unit(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., D) normalised. One that is not finite becomes NaN, without a gradient."""
     finite = vectors.isfinite().all(-1, keepdim=True)
-    safe = torch.where(finite, vectors, 0.0).double()
-    return torch.where(finite, F.normalize(safe, dim=-1, eps=COSINE_EPS), torch.nan)
+    return torch.where(finite, unit_rows(torch.where(finite, vectors, 0.0), dtype), torch.nan)

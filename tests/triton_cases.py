@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,3 +49,20 @@ def assert_quantized_like(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> 
     for i in (sums, residual_sums):  # rounding is relative to the largest summand
         scale = float(want[sums].abs().max().clamp(min=1))
         torch.testing.assert_close(got[i], want[i], rtol=1e-6, atol=1e-6 * scale)
+
+
+def replayed(step: Callable[[], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
+    """What a CUDA graph of ``step`` gives for new values of ``x``, which stay in it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    return captured

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lamkernels.backend import resolve
 from lamkernels.functional import code_statistics, nearest_code, vector_quantize
 from lamkernels.nn.indices import module_indices
-from lamkernels.ops.constants import COSINE_EPS
+from lamkernels.ops.cosine import unit_rows
 from lamkernels.validation import (
     BACKENDS,
     GRADIENTS,
@@ -295,9 +295,7 @@ class VectorQuantize(nn.Module):
 
     def _normalize(self, rows: Tensor) -> Tensor:
         """For the cosine, rows of the length 1 in the dtype of the codebook."""
-        if self.metric != "cosine":
-            return rows
-        return nn.functional.normalize(rows.double(), dim=-1, eps=COSINE_EPS).to(self.codebook.dtype)
+        return unit_rows(rows, self.codebook.dtype) if self.metric == "cosine" else rows
 
     def _restart_averages(self) -> None:
         self.cluster_size.fill_(1.0)

@@ -1,7 +1,7 @@
 """Runs a compiled kernel on torch's own OpenMP threads.
 
 Numba's threading layers bring a second OpenMP runtime into the process, whose idle threads spin against torch's. So
-the kernels are plain C functions of one pointer, ``void kernel(int64 *parameters)``, which draw tasks from a shared
+the kernels are plain C functions of one pointer, to int64 parameters, which draw tasks from a shared
 counter until there is none left, and torch's OpenMP runtime is asked to run them: its threads, its thread count.
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+# how the entries of a dtype are stored, in Numba's types: bf16 and fp16 travel as bit patterns
+STORED = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "uint16", torch.float16: "int16"}
 MIN_WORK_PER_THREAD = 1 << 20  # multiply-adds; below, waking a thread costs more than it brings
 
 _forked_from: list[int] = []  # not empty in a child process of fork, where OpenMP's threads are gone
@@ -43,11 +45,16 @@ def threading() -> str:
 
 
 @functools.cache
-def compiled(kernel: Any) -> Any:
-    """The C function of a kernel, compiled on its first use and then taken from Numba's cache on disk."""
+def compiled(kernel: Any, dtype: torch.dtype) -> Any:
+    """The C function of a kernel for a dtype, compiled on its first use and then taken from Numba's cache on disk.
+
+    A kernel is a plain function of one pointer, to an array of int64. Declaring it a pointer to what the dtype is
+    stored as tells the kernel its types, and Numba's cache the kernels of one function apart: ``simd.words``,
+    ``simd.stored_type`` and ``simd.computed_type`` of the pointer say what it needs.
+    """
     import numba
 
-    return numba.cfunc("void(CPointer(int64))", cache=True)(kernel)
+    return numba.cfunc(f"void(CPointer({STORED[dtype]}))", cache=True)(kernel)
 
 
 @functools.cache

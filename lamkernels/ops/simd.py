@@ -98,6 +98,32 @@ def view(typingctx: Any, address: Any, offset: Any, tag: Any) -> Any:
 
 
 @intrinsic
+def words(typingctx: Any, pointer: Any) -> Any:
+    """The pointer to the int64 parameters of a kernel; the type it is declared as says the kernel's dtype."""
+    target = types.CPointer(types.int64)
+    return target(pointer), lambda context, builder, signature, args: builder.bitcast(
+        args[0], context.get_value_type(target)
+    )
+
+
+def _zero(kind: Any) -> Any:
+    return lambda context, builder, signature, args: context.get_constant(kind, 0)
+
+
+@intrinsic
+def stored_type(typingctx: Any, pointer: Any) -> Any:
+    """Zero of the type that a kernel's entries are stored in; see :func:`lamkernels.ops.parallel.compiled`."""
+    return pointer.dtype(pointer), _zero(pointer.dtype)
+
+
+@intrinsic
+def computed_type(typingctx: Any, pointer: Any) -> Any:
+    """Zero of the type that a kernel computes in: float64 for float64 entries, else float32."""
+    kind = types.float64 if pointer.dtype == types.float64 else types.float32
+    return kind(pointer), _zero(kind)
+
+
+@intrinsic
 def at(typingctx: Any, array: Any, index: Any) -> Any:
     """The pointer to element ``index`` of a contiguous array."""
     pointer = types.CPointer(array.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import replayed
 
 import lamkernels as lk
 
@@ -83,19 +84,7 @@ def test_a_training_step_is_captured_in_a_cuda_graph() -> None:
         levels, positions, _ = fsq(x)
         return indices, loss, positions, *torch.autograd.grad(signs.sum() + levels.sum() + loss, x)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        x.copy_(torch.randn_like(x))
-    graph.replay()
-    for a, b in zip(captured, step(), strict=True):
+    for a, b in zip(replayed(step, x), step(), strict=True):
         assert torch.equal(a, b)
 
 

@@ -7,7 +7,7 @@ import torch
 from contract import HARD_DATA, assert_contract, hard_data
 from contract import scores as exact_scores
 from torch import Tensor
-from triton_cases import assert_quantized_like, more_hard_data
+from triton_cases import assert_quantized_like, more_hard_data, replayed
 
 import lamkernels as lk
 from lamkernels.ops.vector_quantize import reference
@@ -130,19 +130,7 @@ def test_a_training_step_is_captured_in_a_cuda_graph(shape: tuple[int, int, int]
         loss = out.quantized.sum() + out.commitment_loss + out.codebook_loss
         return (*out, *torch.autograd.grad(loss, (x, codebook)))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        x.copy_(torch.randn_like(x))
-    graph.replay()
-    for a, b in zip(captured, step(), strict=True):
+    for a, b in zip(replayed(step, x), step(), strict=True):
         assert torch.equal(a, b)
 
 

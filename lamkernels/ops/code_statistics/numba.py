@@ -11,9 +11,9 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from lamkernels.ops.nearest_code.numba import BITS_BF16, BITS_F16, F32, F64, FLAGS, elements
+from lamkernels.ops.nearest_code.numba import FLAGS, elements
 from lamkernels.ops.parallel import compiled, launch
-from lamkernels.ops.simd import fetch_add, widen
+from lamkernels.ops.simd import computed_type, fetch_add, stored_type, widen, words
 
 SLICE = 16  # columns: a cache line of fp32
 CHUNKS = 8
@@ -107,50 +107,12 @@ def _countable_rows(p, stored):
             indices[n] = given[n] if check == 0.0 and 0 <= given[n] < a[9] else -1
 
 
-def _sums_f32(p):
-    _partial_sums(p, F32, F32)
+def _sums(p):
+    _partial_sums(words(p), stored_type(p), computed_type(p))
 
 
-def _sums_f64(p):
-    _partial_sums(p, F64, F64)
-
-
-def _sums_bf16(p):
-    _partial_sums(p, BITS_BF16, F32)
-
-
-def _sums_f16(p):
-    _partial_sums(p, BITS_F16, F32)
-
-
-def _countable_f32(p):
-    _countable_rows(p, F32)
-
-
-def _countable_f64(p):
-    _countable_rows(p, F64)
-
-
-def _countable_bf16(p):
-    _countable_rows(p, BITS_BF16)
-
-
-def _countable_f16(p):
-    _countable_rows(p, BITS_F16)
-
-
-_SUMS = {
-    torch.float32: _sums_f32,
-    torch.float64: _sums_f64,
-    torch.bfloat16: _sums_bf16,
-    torch.float16: _sums_f16,
-}
-_COUNTABLE = {
-    torch.float32: _countable_f32,
-    torch.float64: _countable_f64,
-    torch.bfloat16: _countable_bf16,
-    torch.float16: _countable_f16,
-}
+def _countable(p):
+    _countable_rows(words(p), stored_type(p))
 
 
 def sum_rows(
@@ -192,7 +154,7 @@ def sum_rows(
         tasks,
         heads,
     ]
-    launch(compiled(_SUMS[x.dtype]), parameters, tasks, heads * rows * dim)
+    launch(compiled(_sums, x.dtype), parameters, tasks, heads * rows * dim)
 
 
 def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -205,6 +167,6 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor,
     sums = torch.empty((heads, num_codes, dim), dtype=computed)
     parameters = [x.data_ptr(), x.stride(0), x.stride(1), 0, 0, given.data_ptr(), rows, num_codes, dim, 0]
     parameters += [checked.data_ptr(), 0, 0, 0, 0, 0, 0, heads]
-    launch(compiled(_COUNTABLE[x.dtype]), parameters, heads * CHUNKS, heads * rows * dim)
+    launch(compiled(_countable, x.dtype), parameters, heads * CHUNKS, heads * rows * dim)
     sum_rows(x, checked, None, counts, sums, None)
     return counts, sums

@@ -10,15 +10,11 @@ from torch import Tensor
 from lamkernels.ops.elementary import exp_negative
 from lamkernels.ops.finite_scalar_quantize.levels import tables
 from lamkernels.ops.nearest_code.numba import (
-    BITS_BF16,
-    BITS_F16,
-    F32,
-    F64,
     FLAGS,
     elements,
 )
 from lamkernels.ops.parallel import compiled, launch
-from lamkernels.ops.simd import fetch_add, narrow, widen
+from lamkernels.ops.simd import computed_type, fetch_add, narrow, stored_type, widen, words
 
 BLOCK = 256  # rows; a column of them and what is computed of it stay in the first cache
 CHUNK = 4096  # rows in a task
@@ -115,50 +111,12 @@ def _backward_chunks(p, stored, computed):
                     grad_x[(first + i) * dim + d] = narrow(kept, stored)
 
 
-def _quantize_f32(p):
-    _quantize_chunks(p, F32, F32)
+def _quantize(p):
+    _quantize_chunks(words(p), stored_type(p), computed_type(p))
 
 
-def _quantize_f64(p):
-    _quantize_chunks(p, F64, F64)
-
-
-def _quantize_bf16(p):
-    _quantize_chunks(p, BITS_BF16, F32)
-
-
-def _quantize_f16(p):
-    _quantize_chunks(p, BITS_F16, F32)
-
-
-def _backward_f32(p):
-    _backward_chunks(p, F32, F32)
-
-
-def _backward_f64(p):
-    _backward_chunks(p, F64, F64)
-
-
-def _backward_bf16(p):
-    _backward_chunks(p, BITS_BF16, F32)
-
-
-def _backward_f16(p):
-    _backward_chunks(p, BITS_F16, F32)
-
-
-_QUANTIZE = {
-    torch.float32: _quantize_f32,
-    torch.float64: _quantize_f64,
-    torch.bfloat16: _quantize_bf16,
-    torch.float16: _quantize_f16,
-}
-_BACKWARD = {
-    torch.float32: _backward_f32,
-    torch.float64: _backward_f64,
-    torch.bfloat16: _backward_bf16,
-    torch.float16: _backward_f16,
-}
+def _backward(p):
+    _backward_chunks(words(p), stored_type(p), computed_type(p))
 
 
 def finite_scalar_quantize(x: Tensor, levels: list[int], symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -170,7 +128,7 @@ def finite_scalar_quantize(x: Tensor, levels: list[int], symmetric: bool) -> tup
     outputs = (thresholds, codes, steps, quantized, fill)
     parameters = [*_common(x, indices, thresholds, slopes), *(t.data_ptr() for t in outputs)]
     work = heads * rows * sum(levels)
-    launch(compiled(_QUANTIZE[x.dtype]), parameters, heads * -(-rows // CHUNK), work)
+    launch(compiled(_quantize, x.dtype), parameters, heads * -(-rows // CHUNK), work)
     return quantized, indices
 
 
@@ -183,7 +141,7 @@ def finite_scalar_quantize_backward(
     grad_x = torch.empty((heads, rows, dim), dtype=x.dtype)
     parameters = _common(x, indices, thresholds, slopes)
     parameters += [grad_quantized.data_ptr(), *grad_quantized.stride(), grad_x.data_ptr()]
-    launch(compiled(_BACKWARD[x.dtype]), parameters, heads * -(-rows // CHUNK), 16 * heads * rows * dim)
+    launch(compiled(_backward, x.dtype), parameters, heads * -(-rows // CHUNK), 16 * heads * rows * dim)
     return grad_x
 
 

@@ -9,15 +9,11 @@ from torch import Tensor
 
 from lamkernels.ops.elementary import exp_negative, log1p_of_fraction
 from lamkernels.ops.nearest_code.numba import (
-    BITS_BF16,
-    BITS_F16,
-    F32,
-    F64,
     FLAGS,
     elements,
 )
 from lamkernels.ops.parallel import compiled, launch
-from lamkernels.ops.simd import fetch_add, narrow, widen
+from lamkernels.ops.simd import computed_type, fetch_add, narrow, stored_type, widen, words
 
 BLOCK = 64  # rows: packed, they stay in the first cache
 CHUNK = 4096  # rows in a task
@@ -164,50 +160,12 @@ def _backward_chunks(p, stored, computed):
                     to[d] = narrow(own[d], stored)
 
 
-def _quantize_f32(p):
-    _quantize_chunks(p, F32, F32)
+def _quantize(p):
+    _quantize_chunks(words(p), stored_type(p), computed_type(p))
 
 
-def _quantize_f64(p):
-    _quantize_chunks(p, F64, F64)
-
-
-def _quantize_bf16(p):
-    _quantize_chunks(p, BITS_BF16, F32)
-
-
-def _quantize_f16(p):
-    _quantize_chunks(p, BITS_F16, F32)
-
-
-def _backward_f32(p):
-    _backward_chunks(p, F32, F32)
-
-
-def _backward_f64(p):
-    _backward_chunks(p, F64, F64)
-
-
-def _backward_bf16(p):
-    _backward_chunks(p, BITS_BF16, F32)
-
-
-def _backward_f16(p):
-    _backward_chunks(p, BITS_F16, F32)
-
-
-_QUANTIZE = {
-    torch.float32: _quantize_f32,
-    torch.float64: _quantize_f64,
-    torch.bfloat16: _quantize_bf16,
-    torch.float16: _quantize_f16,
-}
-_BACKWARD = {
-    torch.float32: _backward_f32,
-    torch.float64: _backward_f64,
-    torch.bfloat16: _backward_bf16,
-    torch.float16: _backward_f16,
-}
+def _backward(p):
+    _backward_chunks(words(p), stored_type(p), computed_type(p))
 
 
 def lookup_free_quantize(
@@ -227,7 +185,7 @@ def lookup_free_quantize(
     outputs = (quantized, codes, partial, commitment, entropy)
     parameters = _common(x, indices, constants, keep_zero, num_rows)
     parameters += [0 if mask is None else mask.data_ptr(), *(t.data_ptr() for t in outputs)]
-    launch(compiled(_QUANTIZE[x.dtype]), parameters, tasks, 16 * heads * rows * dim)
+    launch(compiled(_quantize, x.dtype), parameters, tasks, 16 * heads * rows * dim)
     return quantized, indices, commitment, entropy, num_rows
 
 
@@ -244,7 +202,7 @@ def lookup_free_quantize_backward(
     parameters = _common(x, indices, constants, keep_zero, num_rows)
     parameters += [0] * 4 if grad_quantized is None else [grad_quantized.data_ptr(), *grad_quantized.stride()]
     parameters += [grad_commitment.data_ptr(), grad_entropy.data_ptr(), grad_x.data_ptr()]
-    launch(compiled(_BACKWARD[x.dtype]), parameters, heads * -(-rows // CHUNK), 16 * heads * rows * dim)
+    launch(compiled(_backward, x.dtype), parameters, heads * -(-rows // CHUNK), 16 * heads * rows * dim)
     return grad_x
 
 

@@ -23,12 +23,15 @@ from lamkernels.ops.simd import (
     TILE,
     VECTORS,
     at,
+    computed_type,
     fetch_add,
     micro,
     micro_runner_up,
     pack,
+    stored_type,
     view,
     widen,
+    words,
 )
 
 FLAGS: dict[str, Any] = {
@@ -328,41 +331,12 @@ def _nearest_chunks(p, stored, computed):
                             distance[n] *= inverse_norm(row)
 
 
-# The scalar whose type stands for a stored dtype: bf16 and fp16 travel as bit patterns.
-F32, F64, BITS_BF16, BITS_F16 = np.float32(0), np.float64(0), np.uint16(0), np.int16(0)
+def _prepare(p):
+    prepare_heads(words(p), computed_type(p))
 
 
-def _prepare_f32(p):
-    prepare_heads(p, F32)
-
-
-def _prepare_f64(p):
-    prepare_heads(p, F64)
-
-
-def _nearest_f32(p):
-    _nearest_chunks(p, F32, F32)
-
-
-def _nearest_f64(p):
-    _nearest_chunks(p, F64, F64)
-
-
-def _nearest_bf16(p):
-    _nearest_chunks(p, BITS_BF16, F32)
-
-
-def _nearest_f16(p):
-    _nearest_chunks(p, BITS_F16, F32)
-
-
-_PREPARE = {torch.float32: _prepare_f32, torch.float64: _prepare_f64}
-_NEAREST = {
-    torch.float32: _nearest_f32,
-    torch.float64: _nearest_f64,
-    torch.bfloat16: _nearest_bf16,
-    torch.float16: _nearest_f16,
-}
+def _nearest(p):
+    _nearest_chunks(words(p), stored_type(p), computed_type(p))
 
 
 class Sizes(NamedTuple):
@@ -410,7 +384,7 @@ def prepare_lookup(
     """Lays out the parameters, as :func:`lay_out_lookup` does, and prepares the codebook of every head."""
     lookup = lay_out_lookup(x, codebook, metric, precision, out, summing)
     heads = codebook.shape[0]
-    launch(compiled(_PREPARE[lookup.tensors[1].dtype]), lookup.parameters, heads, codebook.numel())
+    launch(compiled(_prepare, lookup.tensors[1].dtype), lookup.parameters, heads, codebook.numel())
     return lookup
 
 
@@ -463,5 +437,5 @@ def nearest_code(
     distance = torch.empty((heads, rows if return_distance else 0), dtype=distance_dtype)
     lookup = prepare_lookup(x, codebook, metric, precision, indices)
     parameters = [*lookup.parameters, distance.data_ptr() if return_distance else 0, 0]
-    launch(compiled(_NEAREST[x.dtype]), parameters, lookup.tasks, lookup.work)
+    launch(compiled(_nearest, x.dtype), parameters, lookup.tasks, lookup.work)
     return indices, distance

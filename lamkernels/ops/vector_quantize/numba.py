@@ -7,7 +7,6 @@ the thread that finishes last. Where it is large, the sums are a pass of their o
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +15,9 @@ from torch import Tensor
 
 from lamkernels.ops.code_statistics.numba import sum_rows
 from lamkernels.ops.constants import COSINE_EPS, NOISE_EPS, ROTATION_EPS
+from lamkernels.ops.cosine import unit_rows
 from lamkernels.ops.nearest_code.numba import (
-    BITS_BF16,
-    BITS_F16,
     COSINE,
-    F32,
-    F64,
     FLAGS,
     L2,
     LOOKUP,
@@ -35,7 +31,7 @@ from lamkernels.ops.nearest_code.numba import (
     sizes_of,
 )
 from lamkernels.ops.parallel import compiled, launch
-from lamkernels.ops.simd import at, fetch_add, narrow, quantize_rows, widen
+from lamkernels.ops.simd import at, computed_type, fetch_add, narrow, quantize_rows, stored_type, widen, words
 
 # The parameters behind those of the lookup: 0 quantized (H, N, D), 1 codebook in x.dtype, 2 its head stride, 3 mask or
 # 0, 4 [NaN, 0] in x.dtype, 5 partial residual sums (tasks, K, D) or 0, 6 partial counts (tasks, K), 7 partial loss and
@@ -201,32 +197,33 @@ def _backward_chunks(p, stored, computed):
             least = indices[first]
             for n in range(first, stop):
                 least = min(least, indices[n])
-            if least >= 0:  # all rows in one piece: one loop to vectorise
-                x, codes, grad, grad_x = _row(a, head, first, (stop - first) * dim, stored)
-                if a[7] == 0:
-                    for i in range(x.shape[0]):
-                        grad_x[i] = narrow(weight * (widen(x[i]) - widen(codes[i])), stored)
-                else:
-                    for i in range(x.shape[0]):
-                        grad_x[i] = narrow(widen(grad[i]) + weight * (widen(x[i]) - widen(codes[i])), stored)
+            if least >= 0:  # all rows in one piece
+                _straight_through(a, _row(a, head, first, (stop - first) * dim, stored), weight, stored)
                 continue
         for n in range(first, stop):
-            x, codes, grad, grad_x = _row(a, head, n, dim, stored)
+            row = _row(a, head, n, dim, stored)
             if indices[n] < 0:
-                for d in range(dim):
-                    grad_x[d] = 0
+                row[3][:] = 0
             elif general:
-                _general_row(a, (head * rows + n) * dim, x, codes, grad, weight, grad_x, scratch, stored, computed)
-            elif a[7] == 0:
-                for d in range(dim):
-                    grad_x[d] = narrow(weight * (widen(x[d]) - widen(codes[d])), stored)
-            elif a[13] == 1:
-                for d in range(dim):
-                    grad_x[d] = narrow(widen(grad[d]) + weight * (widen(x[d]) - widen(codes[d])), stored)
-            else:  # an expanded gradient, as sum() sends it
-                same = widen(grad[0])
-                for d in range(dim):
-                    grad_x[d] = narrow(same + weight * (widen(x[d]) - widen(codes[d])), stored)
+                _general_row(a, (head * rows + n) * dim, row, weight, scratch, stored, computed)
+            else:
+                _straight_through(a, row, weight, stored)
+
+
+@njit(**FLAGS)
+def _straight_through(a, row, weight, stored):
+    """The gradient of the entries of one row, or of many that lie behind one another, in one loop to vectorise."""
+    x, codes, grad, grad_x = row
+    if a[7] == 0:
+        for d in range(x.shape[0]):
+            grad_x[d] = narrow(weight * (widen(x[d]) - widen(codes[d])), stored)
+    elif a[13] == 1:
+        for d in range(x.shape[0]):
+            grad_x[d] = narrow(widen(grad[d]) + weight * (widen(x[d]) - widen(codes[d])), stored)
+    else:  # an expanded gradient, as sum() sends it
+        same = widen(grad[0])
+        for d in range(x.shape[0]):
+            grad_x[d] = narrow(same + weight * (widen(x[d]) - widen(codes[d])), stored)
 
 
 @njit(**FLAGS)
@@ -246,9 +243,9 @@ def _row(a, head, n, size, stored):
 
 
 @njit(**FLAGS)
-def _general_row(a, at, x, codes, grad, weight, grad_x, scratch, stored, computed):
+def _general_row(a, at, entries, weight, scratch, stored, computed):
     """The gradient of one row under the rotation trick, noise substitution or the cosine, in fp64."""
-    row, g = scratch
+    (x, codes, grad, grad_x), (row, g) = entries, scratch
     dim = row.shape[0]
     cosine, rotation, noisy = a[24] != 0, a[25] != 0, a[22] != 0
     inverse = inverse_norm(x) if cosine else 1.0
@@ -312,61 +309,19 @@ def _pull(row, codes, noise, g, pull):
         g[d] += part
 
 
-def _quantize_f32(p):
-    quantize_chunks(p, F32, F32)
+def _quantize(p):
+    quantize_chunks(words(p), stored_type(p), computed_type(p))
 
 
-def _quantize_f64(p):
-    quantize_chunks(p, F64, F64)
-
-
-def _quantize_bf16(p):
-    quantize_chunks(p, BITS_BF16, F32)
-
-
-def _quantize_f16(p):
-    quantize_chunks(p, BITS_F16, F32)
-
-
-def _backward_f32(p):
-    _backward_chunks(p, F32, F32)
-
-
-def _backward_f64(p):
-    _backward_chunks(p, F64, F64)
-
-
-def _backward_bf16(p):
-    _backward_chunks(p, BITS_BF16, F32)
-
-
-def _backward_f16(p):
-    _backward_chunks(p, BITS_F16, F32)
-
-
-_QUANTIZE = {
-    torch.float32: _quantize_f32,
-    torch.float64: _quantize_f64,
-    torch.bfloat16: _quantize_bf16,
-    torch.float16: _quantize_f16,
-}
-_BACKWARD = {
-    torch.float32: _backward_f32,
-    torch.float64: _backward_f64,
-    torch.bfloat16: _backward_bf16,
-    torch.float16: _backward_f16,
-}
-
-
-def backward_kernel(dtype: torch.dtype) -> Any:
-    """The C function of the backward for rows of a dtype."""
-    return compiled(_BACKWARD[dtype])
+def backward(p):
+    """The kernel of the backward."""
+    _backward_chunks(words(p), stored_type(p), computed_type(p))
 
 
 @functools.cache
 def nan_and_zero(dtype: torch.dtype) -> Tensor:
     """What the quantised entries of rows that are not finite, and of masked rows, are copied from."""
-    return torch.tensor([torch.nan, 0.0], dtype=dtype)
+    return torch.tensor([torch.nan, 0.0], dtype=dtype, device="cpu")  # whatever the default device is
 
 
 def vector_quantize(
@@ -412,9 +367,10 @@ def vector_quantize(
         0 if noise is None else noise.data_ptr(),
         codes.data_ptr(),
     ]
-    launch(compiled(_QUANTIZE[x.dtype]), parameters, lookup.tasks, lookup.work)
+    launch(compiled(_quantize, x.dtype), parameters, lookup.tasks, lookup.work)
     if not summing:
-        sum_rows(_unit(x) if metric == "cosine" else x, indices, computed_codebook, counts, sums, residual_sums)
+        summed = unit_rows(x, computed) if metric == "cosine" else x
+        sum_rows(summed, indices, computed_codebook, counts, sums, residual_sums)
     return quantized, indices, commitment_loss, codebook_loss, counts, sums, residual_sums, num_rows, codes
 
 
@@ -422,12 +378,6 @@ def sums_by_chunk(heads: int, rows: int, num_codes: int, dim: int, itemsize: int
     """Whether every chunk sums by itself: where merging costs less than a pass of its own, in a few MiB."""
     chunks = heads * sizes_of(rows, num_codes, dim, itemsize, True).chunks
     return 0 < chunks * num_codes * dim <= MAX_PARTS and 2 * chunks * num_codes <= max(heads * rows, MIN_MERGED)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Normalised rows in the computed type, the norm in fp64; rows that are not finite are in no sum."""
-    rows = torch.nn.functional.normalize(x.double(), dim=-1, eps=COSINE_EPS)
-    return rows.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def vector_quantize_backward(
@@ -472,7 +422,7 @@ def vector_quantize_backward(
         gradient == "rotation",
     ]
     tasks = heads * (-(-rows // chunk) + 1)
-    launch(backward_kernel(x.dtype), parameters, tasks, 4 * heads * rows * dim)
+    launch(compiled(backward, x.dtype), parameters, tasks, 4 * heads * rows * dim)
     if pull is not None:
         pulls = torch.empty_like(residual_sums)
         sum_rows(pull, indices, None, num_rows.new_empty((heads, num_codes)), pulls, None)

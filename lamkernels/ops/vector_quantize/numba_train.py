@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,6 @@ from numba import carray, njit
 from torch import Tensor
 
 from lamkernels.ops.nearest_code.numba import (
-    BITS_BF16,
-    BITS_F16,
-    F32,
-    F64,
     FLAGS,
     L2,
     LOOKUP,
@@ -31,10 +26,11 @@ from lamkernels.ops.nearest_code.numba import (
     sizes_of,
 )
 from lamkernels.ops.parallel import compiled, entry
+from lamkernels.ops.simd import computed_type, stored_type, words
 from lamkernels.ops.vector_quantize.numba import (
     BACKWARD,
     QUANTIZE,
-    backward_kernel,
+    backward,
     nan_and_zero,
     quantize_chunks,
     sums_by_chunk,
@@ -80,43 +76,13 @@ def _train(p, stored, computed):
             codebook[d] = averages[d] * smoothed
 
 
-def _train_f32(p):
-    _train(p, F32, F32)
-
-
-def _train_f64(p):
-    _train(p, F64, F64)
-
-
-def _train_bf16(p):
-    _train(p, BITS_BF16, F32)
-
-
-def _train_f16(p):
-    _train(p, BITS_F16, F32)
-
-
-_TRAIN = {
-    torch.float32: _train_f32,
-    torch.float64: _train_f64,
-    torch.bfloat16: _train_bf16,
-    torch.float16: _train_f16,
-}
+def _train_step(p):
+    _train(words(p), stored_type(p), computed_type(p))
 
 
 @functools.cache
 def _bits(value: float) -> int:
     return ctypes.c_int64.from_buffer_copy(ctypes.c_double(value)).value
-
-
-@functools.cache
-def _train_entry(dtype: torch.dtype) -> Callable[[int], None]:
-    return entry(compiled(_TRAIN[dtype]))
-
-
-@functools.cache
-def _backward_entry(dtype: torch.dtype) -> Callable[[int], None]:
-    return entry(backward_kernel(dtype))
 
 
 CPU = torch.device("cpu")  # named, because another device may be the default
@@ -178,7 +144,7 @@ class TrainStep(torch.autograd.Function):
         )  # fmt: skip
         place = ctypes.addressof(array)
         array[LOOKUP + 13] = place + 8 * ROWS_IN
-        _train_entry(stored)(place)
+        entry(compiled(_train_step, stored))(place)
         for buffer in (codebook, sizes, averages):
             if not buffer.is_inference():
                 torch.autograd.graph.increment_version(buffer)  # autograd notices an in-place update by it
@@ -212,7 +178,7 @@ class TrainStep(torch.autograd.Function):
         )  # fmt: skip
         rows_in = ctypes.c_int64(ctx.rows_in)
         array[16] = ctypes.addressof(rows_in)
-        _backward_entry(x.dtype)(ctypes.addressof(array))
+        entry(compiled(backward, x.dtype))(ctypes.addressof(array))
         return grad_x, None, None, None, None, None, None
 
 

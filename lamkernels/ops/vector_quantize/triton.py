@@ -20,7 +20,8 @@ from triton.language import tensor
 
 from lamkernels import tuning
 from lamkernels.ops.code_statistics.triton import merge_sums, segment_sums
-from lamkernels.ops.constants import COSINE_EPS, NOISE_EPS
+from lamkernels.ops.constants import NOISE_EPS
+from lamkernels.ops.cosine import unit_rows
 from lamkernels.ops.nearest_code.triton import nearest_code
 from lamkernels.ops.triton_common import (
     Arithmetic,
@@ -194,9 +195,7 @@ def vector_quantize(
             indices, _ = nearest_code(x, codebook, metric, precision, False)
             outputs = outputs._replace(indices=indices)
             part_losses = _quantize_rows(x, codebook, mask, noise, metric, outputs)
-            unit = x
-            if metric == "cosine":
-                unit = torch.nn.functional.normalize(x.double(), dim=-1, eps=COSINE_EPS).to(wide)
+            unit = unit_rows(x, wide) if metric == "cosine" else x
             parts, offsets, tiles, segment = segment_sums(unit, codebook, indices, num_codes)
             _merge(parts, offsets, part_losses, codebook, outputs, tiles, segment)
     return outputs
