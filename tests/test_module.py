@@ -198,14 +198,14 @@ def test_a_small_step_in_one_call_is_the_step_of_the_operators(dtype, layout, mo
     results = []
     for one_call in (True, False):
         if not one_call:
-            monkeypatch.setattr(lk.VectorQuantize, "_is_launch_bound", lambda *_: False)
+            monkeypatch.setattr(lk.VectorQuantize, "_plan_one_call", lambda *_: None)
         torch.manual_seed(3)
         leaf = base.clone().requires_grad_()
         x = layout(leaf)
         vq = lk.VectorQuantize(
             x.shape[-1], 10, commitment_weight=0.25, dead_code_threshold=0.9, dtype=wide, backend="numba"
         )
-        assert vq._is_launch_bound(x) is one_call
+        assert (vq._plan_one_call(x) is not None) is one_call
         for _ in range(2):
             quantized, indices, loss = vq(x)
             (quantized.nan_to_num().double().square().sum() + 3 * loss).backward(inputs=[leaf])
@@ -214,6 +214,20 @@ def test_a_small_step_in_one_call_is_the_step_of_the_operators(dtype, layout, mo
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
     assert torch.equal(results[0][1], results[1][1])
+
+
+def test_a_small_step_has_the_same_bits_on_any_number_of_threads():
+    x, results = torch.randn(1024, 16), []
+    for threads in (1, 2):
+        torch.manual_seed(5)
+        vq = lk.VectorQuantize(16, 64, backend="numba")
+        before, _ = torch.get_num_threads(), torch.set_num_threads(threads)
+        try:
+            assert vq._plan_one_call(x).work >= 1 << 20  # which two threads share
+            results.append(step(vq, x))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("gradient", ["rotation", "noise", "none"])
@@ -262,7 +276,7 @@ def test_buffers_of_any_layout_train_alike(layout):
         odd.codebook = wide[:, :8]
     else:
         odd.cluster_size = odd.cluster_size.double()
-    assert not odd._is_launch_bound(x)
+    assert odd._plan_one_call(x) is None
     for mine, theirs in zip(step(odd, x), step(expected, x), strict=True):
         torch.testing.assert_close(mine, theirs, check_dtype=False)
     assert (wide[:, 8:] == 7).all()

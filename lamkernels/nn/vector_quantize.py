@@ -26,7 +26,6 @@ from lamkernels.validation import (
     check_integer,
     check_number,
     check_option,
-    check_tensors,
     check_weight,
     refuse_tangents,
 )
@@ -162,12 +161,13 @@ class VectorQuantize(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Quantises x (..., D); ``mask`` (...,) bool is False for rows to leave out, which are quantised to zero."""
         learning = self.training and self.ema_update == "forward"
+        plan = self._plan_one_call(x) if learning and mask is None else None
+        if plan is not None:
+            return self._step_in_one_call(x, plan)
         if self.training:
             self._check_training(learning)
             if self._needs_init:
                 self._initialize(x, mask)
-        if learning and mask is None and self._is_launch_bound(x):
-            return self._train_step(x)
         gradient = "ste" if self.gradient == "noise" and not self.training else self.gradient
         out = vector_quantize(
             x,
@@ -196,29 +196,33 @@ class VectorQuantize(nn.Module):
                 "that you reduce"
             )
 
-    def _is_launch_bound(self, x: Tensor) -> bool:
-        """Whether calls, not arithmetic, are the cost of a step, and one compiled call can be all of it."""
-        return (
-            not torch.compiler.is_compiling()
-            and self.update == "ema"
-            and self.metric == "l2"
-            and self.gradient == "ste"
-            and type(x) in (Tensor, nn.Parameter)
-            and x.device.type == "cpu"
-            and torch._C._len_torch_dispatch_stack() == 0  # a mode must see every operator
-            and resolve(self.backend, "cpu") == "numba"
-            and _train_module().fits(x, self.codebook, self.cluster_size, self.code_sums)
-        )
+    def _plan_one_call(self, x: Tensor) -> Any:
+        """A plan for the step as one compiled call, where calls, not arithmetic, are its cost; else None."""
+        if (
+            self._needs_init
+            or self.update != "ema"
+            or self.metric != "l2"
+            or self.gradient != "ste"
+            or type(x) not in (Tensor, nn.Parameter)
+            or not x.is_cpu
+            or torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack() != 0  # a mode must see every operator
+            or resolve(self.backend, "cpu") != "numba"
+            or _world_size() > 1
+        ):
+            return None
+        return _train_module().plan(x, *self._averages(), self.decay, self.eps, self.precision)
 
-    def _train_step(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        check_tensors(x, self.codebook)
+    def _step_in_one_call(self, x: Tensor, plan: Any) -> tuple[Tensor, Tensor, Tensor]:
         refuse_tangents(x)
-        quantized, indices, loss = _train_module().TrainStep.apply(
-            x, self.codebook, self.cluster_size, self.code_sums, self.decay, self.eps, self.precision
-        )
+        quantized, indices, loss = _train_module().TrainStep.apply(x, *self._averages(), plan)
         if self.dead_code_threshold > 0:
             self._replace_dead_codes(x, None)
         return quantized, indices, loss if self.commitment_weight == 1 else self.commitment_weight * loss
+
+    def _averages(self) -> tuple[Tensor, Tensor, Tensor]:
+        buffers = self._buffers  # an attribute of a module takes its time
+        return buffers["codebook"], buffers["cluster_size"], buffers["code_sums"]  # type: ignore[return-value]
 
     def code_statistics(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """What :meth:`update_codebook` takes, from a forward's x (..., D) and indices (...,).

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # how the entries of a dtype are stored, in Numba's types: bf16 and fp16 travel as bit patterns
 STORED = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "uint16", torch.float16: "int16"}
 MIN_WORK_PER_THREAD = 1 << 20  # multiply-adds; below, waking a thread costs more than it brings
+
+HUGE, MADV_HUGEPAGE, PAGE = 1 << 22, 14, mmap.PAGESIZE  # bytes from which on; Linux's number
 
 _forked_from: list[int] = []  # not empty in a child process of fork, where OpenMP's threads are gone
 os.register_at_fork(after_in_child=lambda: _forked_from.append(os.getppid()))
@@ -63,6 +68,28 @@ def entry(kernel: Any) -> Callable[[int], None]:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel.address)
 
 
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor on the CPU, in huge pages where it is large.
+
+    A large tensor is fresh memory each time, and a page fault for each 4 KiB takes longer than to compute what goes
+    there. Where the kernel knows no huge pages, this is ``torch.empty``.
+    """
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    madvise = _madvise() if tensor.nbytes >= HUGE else None
+    if madvise is not None:
+        start = tensor.data_ptr() + -tensor.data_ptr() % PAGE
+        madvise(start, (tensor.data_ptr() + tensor.nbytes - start) // PAGE * PAGE, MADV_HUGEPAGE)
+    return tensor
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    function = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+    if function is not None:
+        function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
+
+
 def launch(kernel: Any, parameters: Sequence[int], tasks: int, work: int) -> None:
     """Runs ``kernel`` (a Numba cfunc) until its tasks are done; the calling thread takes part.
 
@@ -73,9 +100,14 @@ def launch(kernel: Any, parameters: Sequence[int], tasks: int, work: int) -> Non
         work: multiply-adds of the call.
     """
     array = (ctypes.c_int64 * (len(parameters) + 2))(0, 0, *parameters)
+    run(kernel, ctypes.addressof(array), tasks, work)
+
+
+def run(kernel: Any, address: int, tasks: int, work: int) -> None:
+    """:func:`launch` for an array that is laid out already."""
     threads = min(torch.get_num_threads(), tasks, 1 + work // MIN_WORK_PER_THREAD)
     parallel = _gomp_parallel() if threads > 1 and not _forked_from else None
     if parallel is None:
-        entry(kernel)(ctypes.addressof(array))
+        entry(kernel)(address)
     else:
-        parallel(kernel.address, ctypes.addressof(array), threads, 0)
+        parallel(kernel.address, address, threads, 0)

@@ -13,7 +13,7 @@ from lamkernels.ops.nearest_code.numba import (
     FLAGS,
     elements,
 )
-from lamkernels.ops.parallel import compiled, launch
+from lamkernels.ops.parallel import compiled, empty, launch
 from lamkernels.ops.simd import computed_type, fetch_add, narrow, stored_type, widen, words
 
 BLOCK = 256  # rows; a column of them and what is computed of it stay in the first cache
@@ -123,7 +123,7 @@ def finite_scalar_quantize(x: Tensor, levels: list[int], symmetric: bool) -> tup
     """See :func:`lamkernels.finite_scalar_quantize`. ``x`` (H, N, D)."""
     (heads, rows, dim), x = x.shape, x if x.stride(-1) == 1 else x.contiguous()
     thresholds, codes, slopes, steps = tables(tuple(levels), symmetric, x.dtype, x.device)
-    quantized, indices = torch.empty((heads, rows, dim), dtype=x.dtype), torch.empty((heads, rows), dtype=torch.int64)
+    quantized, indices = empty((heads, rows, dim), x.dtype), torch.empty((heads, rows), dtype=torch.int64)
     fill = torch.full((1,), torch.nan, dtype=x.dtype)
     outputs = (thresholds, codes, steps, quantized, fill)
     parameters = [*_common(x, indices, thresholds, slopes), *(t.data_ptr() for t in outputs)]
@@ -138,7 +138,7 @@ def finite_scalar_quantize_backward(
     """See the reference for the formula."""
     (heads, rows, dim), x, indices = x.shape, x if x.stride(-1) == 1 else x.contiguous(), indices.contiguous()
     thresholds, _, slopes, _ = tables(tuple(levels), symmetric, x.dtype, x.device)
-    grad_x = torch.empty((heads, rows, dim), dtype=x.dtype)
+    grad_x = empty((heads, rows, dim), x.dtype)
     parameters = _common(x, indices, thresholds, slopes)
     parameters += [grad_quantized.data_ptr(), *grad_quantized.stride(), grad_x.data_ptr()]
     launch(compiled(_backward, x.dtype), parameters, heads * -(-rows // CHUNK), 16 * heads * rows * dim)

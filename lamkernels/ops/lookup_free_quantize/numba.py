@@ -12,7 +12,7 @@ from lamkernels.ops.nearest_code.numba import (
     FLAGS,
     elements,
 )
-from lamkernels.ops.parallel import compiled, launch
+from lamkernels.ops.parallel import compiled, empty, launch
 from lamkernels.ops.simd import computed_type, fetch_add, narrow, stored_type, widen, words
 
 BLOCK = 64  # rows: packed, they stay in the first cache
@@ -174,7 +174,7 @@ def lookup_free_quantize(
     """See :func:`lamkernels.lookup_free_quantize`. ``x`` (H, N, D), ``mask`` (H, N) bool or None."""
     (heads, rows, dim), x = x.shape, x if x.stride(-1) == 1 else x.contiguous()
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
-    quantized, indices = torch.empty((heads, rows, dim), dtype=x.dtype), torch.empty((heads, rows), dtype=torch.int64)
+    quantized, indices = empty((heads, rows, dim), x.dtype), torch.empty((heads, rows), dtype=torch.int64)
     commitment, entropy = (torch.zeros(heads, dtype=computed) for _ in range(2))
     num_rows = torch.zeros(heads, dtype=torch.int64)
     mask = None if mask is None else mask.contiguous()
@@ -198,7 +198,7 @@ def lookup_free_quantize_backward(
     indices, num_rows = indices.contiguous(), num_rows.contiguous()
     grad_commitment, grad_entropy = grad_commitment.contiguous(), grad_entropy.contiguous()
     constants = torch.tensor([scale, logit_scale], dtype=torch.float64)
-    grad_x = torch.empty((heads, rows, dim), dtype=x.dtype)
+    grad_x = empty((heads, rows, dim), x.dtype)
     parameters = _common(x, indices, constants, keep_zero, num_rows)
     parameters += [0] * 4 if grad_quantized is None else [grad_quantized.data_ptr(), *grad_quantized.stride()]
     parameters += [grad_commitment.data_ptr(), grad_entropy.data_ptr(), grad_x.data_ptr()]

@@ -30,7 +30,7 @@ from lamkernels.ops.nearest_code.numba import (
     scan,
     sizes_of,
 )
-from lamkernels.ops.parallel import compiled, launch
+from lamkernels.ops.parallel import compiled, empty, launch
 from lamkernels.ops.simd import at, computed_type, fetch_add, narrow, quantize_rows, stored_type, widen, words
 
 # The parameters behind those of the lookup: 0 quantized (H, N, D), 1 codebook in x.dtype, 2 its head stride, 3 mask or
@@ -44,17 +44,18 @@ MIN_MERGED = 1 << 13  # codes of all chunks that are always merged
 
 @njit(**FLAGS)
 def quantize_chunks(p, stored, computed):
-    """Everything that a chunk of rows takes part in, and for the last chunk the merge of all."""
+    """Everything that a chunk of rows takes part in; the thread that finishes last merges all and returns True."""
     a = carray(p, (QUANTIZE,))
     rows, stride, num_codes, dim, chunk, block = a[8], a[4], a[9], a[10], a[15], a[16]
     chunks = (rows + chunk - 1) // chunk
     fill = elements(a[LOOKUP + 4], 0, 2, stored)
     _, codes = codes_of_head(a, 0, computed)
     scratch, loss, scales = make_scratch(block, dim, codes), np.zeros(1), np.ones(block, codes.mean.dtype)
+    finished_last = False
     while True:
         task = fetch_add(a, 0)
         if task >= chunks * a[18]:
-            return
+            return finished_last
         head, first = task // chunks, task % chunks * chunk
         codebook, codes = codes_of_head(a, head, computed)
         x = rows_of_head(a, head, stored)
@@ -101,6 +102,7 @@ def quantize_chunks(p, stored, computed):
         part = elements(a[LOOKUP + 7], task * 2, 2, np.float64(0))
         part[0], part[1] = loss[0], inside
         if fetch_add(a, 1) == chunks * a[18] - 1:
+            finished_last = True
             for h in range(a[18]):
                 _finish(a, h, chunks, computed)
 
@@ -330,7 +332,7 @@ def vector_quantize(
     """``x`` (H, N, D), ``codebook`` (H, K, D), ``mask`` (H, N) bool or None, ``noise`` (H, N, D) or None."""
     (heads, rows, dim), num_codes = x.shape, codebook.shape[1]
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
-    quantized = torch.empty((heads, rows, dim), dtype=x.dtype)
+    quantized = empty((heads, rows, dim), x.dtype)
     indices = torch.empty((heads, rows), dtype=torch.int64)
     counts = torch.empty((heads, num_codes), dtype=torch.int64)
     sums, residual_sums = (torch.empty((heads, num_codes, dim), dtype=computed) for _ in range(2))
@@ -343,7 +345,7 @@ def vector_quantize(
     stored_codebook = computed_codebook if x.dtype == computed else codebook.to(x.dtype).contiguous()
     mask = None if mask is None else mask.contiguous()
     noise = None if noise is None else noise.contiguous()
-    codes = torch.empty((heads, 0 if noise is None else rows, dim), dtype=x.dtype)
+    codes = empty((heads, 0 if noise is None else rows, dim), x.dtype)
     partial_sums = torch.empty((lookup.tasks, num_codes, dim) if summing else 0, dtype=computed)
     partial_counts = torch.empty((lookup.tasks, num_codes) if summing else 0, dtype=torch.int64)
     partial_loss = torch.empty((lookup.tasks, 2), dtype=torch.float64)
@@ -393,9 +395,9 @@ def vector_quantize_backward(
     if grad_quantized is not None and grad_quantized.stride(-1) not in (0, 1):
         grad_quantized = grad_quantized.contiguous()
     noise = None if noise is None or grad_quantized is None else noise.contiguous()
-    grad_x = torch.empty((heads, rows, dim), dtype=x.dtype)
+    grad_x = empty((heads, rows, dim), x.dtype)
     grad_codebook = torch.empty_like(residual_sums)
-    pull = None if noise is None else torch.empty((heads, rows, dim), dtype=residual_sums.dtype)
+    pull = None if noise is None else empty((heads, rows, dim), residual_sums.dtype)
     chunk = max(1, BACKWARD_CHUNK // dim)
     parameters = [
         x.data_ptr(),
