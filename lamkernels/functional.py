@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import Literal, NamedTuple, cast, overload
 
 import torch
@@ -182,11 +184,12 @@ def vector_quantize(
         check_mask(mask, x)
     leading = x.shape[:-1]
     rows, codes, score = _canonical(x, codebook, metric, precision)
+    flat = rows.shape[0], math.prod(rows.shape[1:-1])
     quantized, indices, commitment, codebook_loss, counts, sums, _, num_rows, _ = _vector_quantize(
         rows,
         codes,
-        None if mask is None else mask.reshape(rows.shape[:-1]),
-        None if noise is None else noise.to(rows.dtype).reshape(rows.shape),
+        None if mask is None else mask.reshape(flat),
+        None if noise is None else noise.to(rows.dtype).reshape(*flat, rows.shape[-1]),
         score,
         precision,
         gradient,
@@ -239,8 +242,7 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: Back
     check_integer("num_codes", num_codes)
     if x.shape[-1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; its rows must have at least 1 entry")
-    dim = x.shape[-1]
-    counts, sums = _code_statistics(x.reshape(1, -1, dim), indices.reshape(1, -1), num_codes, backend)
+    counts, sums = _code_statistics(_rows_in_groups(x.unsqueeze(0)), indices.reshape(1, -1), num_codes, backend)
     return counts.squeeze(0), sums.squeeze(0)
 
 
@@ -299,7 +301,7 @@ def _noise(x: Tensor, noise: Tensor | None, generator: torch.Generator | None) -
 
 
 def _canonical(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tensor, Tensor, str]:
-    """x (..., D) and codebook as the operators take them: (H, N, D) and (H, K, D), for the cosine normalised codes.
+    """x (..., D) and codebook as the operators take them, (H, K, D) and for the cosine normalised.
 
     An exact cosine compares products of vectors that are normalised in fp64: a dot product of fp64 rows.
     """
@@ -308,10 +310,20 @@ def _canonical(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tupl
         codebook = _unit(codebook, torch.float64 if exact else torch.float32)
         if exact:
             x, metric = _unit(x, torch.float64), "dot"
-    dim = codebook.shape[-1]
     if codebook.ndim == 2:
-        return x.reshape(1, -1, dim), codebook.unsqueeze(0), metric
-    return x.reshape(codebook.shape[0], x.shape[1:-1].numel(), dim), codebook, metric
+        x, codebook = x.unsqueeze(0), codebook.unsqueeze(0)
+    return _rows_in_groups(x), codebook, metric
+
+
+def _rows_in_groups(x: Tensor) -> Tensor:
+    """x (H, ..., D) as (H, N, D), or (H, B, N / B, D) where that spares a copy: feature maps with channels first."""
+    heads, dim = x.shape[0], x.shape[-1]
+    if x.ndim > 3 and not x.is_contiguous():
+        axes = [i for i in range(1, x.ndim - 1) if x.shape[i] != 1]
+        apart = [j for i, j in pairwise(axes) if x.stride(i) != x.shape[j] * x.stride(j)]
+        if len(apart) == 1:
+            return x.reshape(heads, math.prod(x.shape[1 : apart[0]]), math.prod(x.shape[apart[0] : -1]), dim)
+    return x.reshape(heads, math.prod(x.shape[1:-1]), dim)
 
 
 def _unit(vectors: Tensor, dtype: torch.dtype) -> Tensor:

@@ -394,6 +394,7 @@ def quantize_rows(
     loss: Any,
     summing: Any,
     scales: Any,
+    streamed: Any,
 ) -> Any:
     """Output, loss and statistics of a block of rows whose codes are known; rows of index −1 are passed over.
 
@@ -401,6 +402,8 @@ def quantize_rows(
     their int64 codes; codes (K, D) in the computed type, stored_codes (K, D) in that of x. Writes quantized (rows, D);
     if ``summing``, adds the residuals to sums (K, D) and the rows to counts (K,). Adds the squared residuals to loss,
     in vectors of the computed type inside a block and in float64 between blocks. Returns how many rows were in.
+    If ``streamed``, quantized goes past the caches and must be aligned to vectors (with x86 a locked instruction, as
+    ``fetch_add`` is, must come before another thread reads it).
     """
     storage, computed = x.dtype, codes.dtype
     kind, width, itemsize = _real(computed), lanes(computed.name), computed.bitwidth // 8
@@ -409,7 +412,9 @@ def quantize_rows(
     stored_size = storage.bitwidth // 8
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        x, stride, indices, rows, dim, codes, stored_codes, quantized, sums, counts, loss, summing, scales = args
+        x, stride, indices, rows, dim, codes, stored_codes, quantized, sums, counts, loss, summing, scales, streamed = (
+            args
+        )
         x, stored_codes, quantized = (builder.bitcast(p, stored.as_pointer()) for p in (x, stored_codes, quantized))
         squares = cgutils.alloca_once_value(builder, ir.Constant(vector, None))
         tail_squares = cgutils.alloca_once_value(builder, ir.Constant(kind, 0.0))
@@ -428,7 +433,16 @@ def quantize_rows(
             copied = code
             if stored != kind:
                 copied = _load(builder, builder.gep(stored_codes, [at_code]), as_stored, stored_size)
-            _store(builder, copied, builder.gep(to, [d]), stored_size)
+            if wide:
+                with builder.if_else(streamed) as (past, through):
+                    with past:
+                        line = builder.store(copied, builder.bitcast(builder.gep(to, [d]), copied.type.as_pointer()))
+                        line.align = width * stored_size
+                        line.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+                    with through:
+                        _store(builder, copied, builder.gep(to, [d]), stored_size)
+            else:
+                _store(builder, copied, builder.gep(to, [d]), stored_size)
             residual = builder.fsub(builder.fmul(entry, _splat(builder, scale, width) if wide else scale), code)
             product = builder.fmul(residual, residual, flags=("contract",))
             builder.store(builder.fadd(product, builder.load(squares), flags=("contract",)), squares)
@@ -461,5 +475,6 @@ def quantize_rows(
 
     i64 = types.int64
     return i64(
-        x, i64, indices, i64, i64, codes, stored_codes, quantized, sums, counts, loss, types.boolean, scales
-    ), codegen
+        x, i64, indices, i64, i64, codes, stored_codes, quantized, sums, counts, loss, types.boolean, scales,
+        types.boolean,
+    ), codegen  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from lamkernels.ops.nearest_code.numba import FLAGS, elements
+from lamkernels.ops.nearest_code.numba import FLAGS, elements, gather, place, row_strides
 from lamkernels.ops.parallel import compiled, launch
 from lamkernels.ops.simd import computed_type, fetch_add, stored_type, widen, words
 
@@ -21,15 +21,16 @@ MAX_CHUNKED = 1 << 15  # entries of a codebook up to which every chunk of rows h
 
 # int64 parameters: 2 x, 3 head stride, 4 row stride, 5 codebook or 0, 6 its head stride, 7 partial sums (H, P, K, D)
 # fp64, 8 N, 9 K, 10 D, 11 partial counts (H, P, K), 12 indices (H, N), 13 P, 14 slices, 15 counts, 16 sums,
-# 17 residual sums or 0, 18 tasks, 19 H
-PARAMETERS = 20
+# 17 residual sums or 0, 18 tasks, 19 H, 20 to 22 groups of rows of x, as 19 to 21 of the lookup
+PARAMETERS = 23
 
 
 @njit(**FLAGS)
 def _partial_sums(p, stored, computed):
     a = carray(p, (PARAMETERS,))
     rows, num_codes, dim, chunks, slices = a[8], a[9], a[10], a[13], a[14]
-    stride, size = a[4], (a[8] + a[13] - 1) // max(a[13], 1)
+    size = (a[8] + a[13] - 1) // max(a[13], 1)
+    staging = np.empty(SLICE, elements(a[2], 0, 1, stored).dtype)
     while True:
         task = fetch_add(a, 0)
         if task >= a[18]:
@@ -45,7 +46,7 @@ def _partial_sums(p, stored, computed):
             k = indices[n]
             if k >= 0:
                 # arrays of their own, whose indices the compiler knows not to be negative: the loops are vectorised
-                row = elements(a[2], head * a[3] + n * stride + begin, width, stored)
+                row = _row(a, head, n, begin, width, staging, stored)
                 sums = elements(a[7], (part * num_codes + k) * dim + begin, width, np.float64(0))
                 if a[5] == 0:
                     for d in range(width):
@@ -63,6 +64,15 @@ def _partial_sums(p, stored, computed):
         if fetch_add(a, 1) == a[18] - 1:
             for h in range(a[19]):
                 _merge(a, h, computed)
+
+
+@njit(**FLAGS)
+def _row(a, head, n, begin, width, staging, stored):
+    """``width`` entries of row n of a head from ``begin`` on."""
+    if a[20] == 0:
+        return elements(a[2], head * a[3] + n * a[4] + begin, width, stored)
+    gather(a[2], head * a[3] + place(n, a[4], a[20], a[21]) + begin * a[22], a[22], staging[:width], stored)
+    return staging
 
 
 @njit(**FLAGS)
@@ -92,6 +102,7 @@ def _countable_rows(p, stored):
     """Copies the indices at 7 to those at 12, −1 where one is out of range or its row not finite."""
     a = carray(p, (PARAMETERS,))
     rows, dim, size = a[8], a[10], (a[8] + CHUNKS - 1) // CHUNKS
+    staging = np.empty(dim, elements(a[2], 0, 1, stored).dtype)
     while True:
         task = fetch_add(a, 0)
         if task >= a[19] * CHUNKS:
@@ -101,7 +112,7 @@ def _countable_rows(p, stored):
         indices = elements(a[12], head * rows, rows, np.int64(0))
         for n in range(min(chunk * size, rows), min((chunk + 1) * size, rows)):
             check = 0.0
-            row = elements(a[2], head * a[3] + n * a[4], dim, stored)
+            row = _row(a, head, n, 0, dim, staging, stored)
             for d in range(dim):
                 check += widen(row[d]) * 0.0
             indices[n] = given[n] if check == 0.0 and 0 <= given[n] < a[9] else -1
@@ -121,14 +132,14 @@ def sum_rows(
     """Fills counts and sums, and with a codebook in the computed type residual_sums, from checked indices.
 
     Args:
-        x: (H, N, D), unit inner stride.
+        x: (H, N, D) or (H, B, N / B, D).
         indices: (H, N) int64, contiguous, −1 or below K.
         codebook: (H, K, D), rows contiguous, or None.
         counts: (H, K) int64.
         sums: (H, K, D).
         residual_sums: (H, K, D), with a codebook.
     """
-    (heads, rows, dim), num_codes = x.shape, counts.shape[1]
+    (heads, rows), (num_codes, dim), strides = indices.shape, sums.shape[1:], row_strides(x)
     chunks = CHUNKS if num_codes * dim <= MAX_CHUNKED else 1
     slices = -(-dim // SLICE)
     partial = torch.empty((heads, chunks, num_codes, dim), dtype=torch.float64)
@@ -136,8 +147,8 @@ def sum_rows(
     tasks = heads * chunks * slices
     parameters = [
         x.data_ptr(),
-        x.stride(0),
-        x.stride(1),
+        strides.head,
+        strides.row,
         0 if codebook is None else codebook.data_ptr(),
         0 if codebook is None else codebook.stride(0),
         partial.data_ptr(),
@@ -153,20 +164,21 @@ def sum_rows(
         0 if residual_sums is None else residual_sums.data_ptr(),
         tasks,
         heads,
+        *strides[2:],
     ]
     launch(compiled(_sums, x.dtype), parameters, tasks, heads * rows * dim)
 
 
 def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """See :func:`lamkernels.code_statistics`. ``x`` (H, N, D), ``indices`` (H, N) int64."""
-    heads, rows, dim = x.shape
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    """See :func:`lamkernels.code_statistics`. ``x`` (H, N, D) or (H, B, N / B, D), ``indices`` (H, N) int64."""
+    (heads, rows), dim = indices.shape, x.shape[-1]
+    strides = row_strides(x)
     given, checked = indices.contiguous(), torch.empty((heads, rows), dtype=torch.int64)
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
     counts = torch.empty((heads, num_codes), dtype=torch.int64)
     sums = torch.empty((heads, num_codes, dim), dtype=computed)
-    parameters = [x.data_ptr(), x.stride(0), x.stride(1), 0, 0, given.data_ptr(), rows, num_codes, dim, 0]
-    parameters += [checked.data_ptr(), 0, 0, 0, 0, 0, 0, heads]
+    parameters = [x.data_ptr(), strides.head, strides.row, 0, 0, given.data_ptr(), rows, num_codes, dim, 0]
+    parameters += [checked.data_ptr(), 0, 0, 0, 0, 0, 0, heads, *strides[2:]]
     launch(compiled(_countable, x.dtype), parameters, heads * CHUNKS, heads * rows * dim)
     sum_rows(x, checked, None, counts, sums, None)
     return counts, sums

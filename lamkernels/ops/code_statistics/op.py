@@ -11,13 +11,14 @@ from lamkernels.ops.registration import NAMESPACE, register
 
 
 def _fake(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    heads, _, dim = x.shape
+    heads, dim = x.shape[0], x.shape[-1]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     counts = x.new_empty((heads, num_codes), dtype=torch.int64)
     return counts, x.new_empty((heads, num_codes, dim), dtype=dtype)
 
 
-# x (H, N, D), indices (H, N) int64 -> counts (H, K) int64, sums (H, K, D) fp32, or fp64 for fp64 x
+# x (H, N, D), or (H, B, N / B, D) whose rows lie in groups, indices (H, N) int64 ->
+#   counts (H, K) int64, sums (H, K, D) fp32, or fp64 for fp64 x
 code_statistics = register(
     "code_statistics",
     "code_statistics",
@@ -34,10 +35,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, _counts: None, grad_sums: Tensor) -> tuple[Tensor, None, None, None]:
     x, indices = ctx.saved_tensors
-    counted = (indices >= 0) & (indices < grad_sums.shape[1]) & x.isfinite().all(-1)
+    counted = (indices >= 0) & (indices < grad_sums.shape[1]) & x.isfinite().all(-1).flatten(1)
     safe = indices.where(counted, 0)[..., None].expand(*indices.shape, grad_sums.shape[-1])
     grad = grad_sums.gather(1, safe).masked_fill(~counted[..., None], 0.0)
-    return grad.to(x.dtype), None, None, None
+    return grad.to(x.dtype).view(x.shape), None, None, None
 
 
 torch.library.register_autograd(f"{NAMESPACE}::code_statistics", _backward, setup_context=_setup_context)

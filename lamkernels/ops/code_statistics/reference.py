@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """See :func:`lamkernels.code_statistics`. ``x`` (H, N, D), ``indices`` (H, N) int64."""
+    """See :func:`lamkernels.code_statistics`. ``x`` (H, ..., D), ``indices`` (H, N) int64."""
+    x = x.flatten(1, -2)
     heads, _, dim = x.shape
     counted = (indices >= 0) & (indices < num_codes) & x.isfinite().all(-1)  # (H, N)
     code = indices.where(counted, num_codes)  # the rows that do not count go to one code too many

@@ -169,17 +169,17 @@ def inverse_norm(row):
 
 
 @njit(**FLAGS)
-def scan(x, stride, first, stop, last, codebook, codes, options, scratch, out):
-    """Writes the nearest codes of the rows [first, stop), at most a block of them, to out[first:stop].
+def scan(x, stride, codebook, codes, options, scratch, out):
+    """Writes the nearest codes of the rows of a block to out, as many as that has.
 
-    x: the elements of one head; row n starts at n · stride, and none past ``last`` is read. options: (euclidean,
-    exact, panel). scratch: what :func:`make_scratch` makes.
+    x: their elements; row n starts at n · stride. options: (euclidean, exact, panel). scratch: what
+    :func:`make_scratch` makes.
     """
     euclidean, exact, panel = options
     packed, best, second, square, index, bad = scratch
     dim, width = codebook.shape[1], BITS // (8 * best.itemsize)
-    rows = VECTORS * width
-    tiles = (stop - first + rows - 1) // rows
+    rows, count = VECTORS * width, out.shape[0]
+    tiles = (count + rows - 1) // rows
     best[: tiles * rows] = np.inf
     second[: tiles * rows] = np.inf
     index[: tiles * rows] = 0
@@ -188,7 +188,7 @@ def scan(x, stride, first, stop, last, codebook, codes, options, scratch, out):
             lane = i * rows + r * width
             to = at(packed, i * rows * dim + r * width)
             pack(
-                at(x, 0), stride, first + lane, last, dim, at(codes.mean, 0), codes.limit[0],
+                at(x, 0), stride, lane, count - 1, dim, at(codes.mean, 0), codes.limit[0],
                 to, rows, at(bad, lane), at(square, lane),
             )  # fmt: skip
     for start in range(0, codes.finite.shape[0], panel):
@@ -203,16 +203,15 @@ def scan(x, stride, first, stop, last, codebook, codes, options, scratch, out):
                     micro(t, at(codes.packed, k * dim), at(codes.half_norm, k), dim, k, b, j)
     if not euclidean:  # products that may underflow, in a score that nothing else is added to
         tiny = 1e-300 if best.itemsize == 8 else 1e-74
-        for n in range(stop - first):
+        for n in range(count):
             bad[n] |= np.float64(square[n]) * np.float64(codes.radius[0]) ** 2 < tiny
     if exact:
-        _mark_undecided(best, second, square, stop - first, dim, codes.radius[0], euclidean, bad)
-    for n in range(stop - first):
+        _mark_undecided(best, second, square, count, dim, codes.radius[0], euclidean, bad)
+    for n in range(count):
         if bad[n]:
-            at_row = (first + n) * stride
-            out[first + n] = nearest_in_fp64(x[at_row : at_row + dim], codebook, codes.finite, euclidean)
+            out[n] = nearest_in_fp64(x[n * stride : n * stride + dim], codebook, codes.finite, euclidean)
         else:
-            out[first + n] = index[n]
+            out[n] = index[n]
 
 
 @njit(**FLAGS)
@@ -251,8 +250,8 @@ def make_scratch(block, dim, codes):
 
 
 # Every kernel gets one array of int64. It begins with what the lookup needs, in the order of `lookup_parameters`;
-# what an operator adds comes behind, from element LOOKUP on.
-LOOKUP = 19
+# what an operator adds comes behind, from element LOOKUP on. `Strides` has 3 and 4, and 19 to 21.
+LOOKUP = 22
 DOT, L2, COSINE = 0, 1, 2  # element 12; the codes of a cosine are normalised already
 METRICS = {"dot": DOT, "l2": L2, "cosine": COSINE}
 
@@ -283,9 +282,35 @@ def elements(address, offset, count, stored):
 
 
 @njit(**FLAGS)
-def rows_of_head(a, head, stored):
-    """The elements that the rows of a head span; row n starts at n · a[4]."""
-    return elements(a[2], head * a[3], max(a[8] - 1, 0) * a[4] + a[10], stored)
+def make_staging(a, rows, stored):
+    """Room for so many rows of x, where :func:`rows_of_block` needs it."""
+    return np.empty(rows * a[10] if a[19] != 0 else 0, elements(a[2], 0, 1, stored).dtype)
+
+
+@njit(**FLAGS)
+def rows_of_block(a, head, start, stop, staging, stored):
+    """The rows [start, stop) of a head with entries side by side, in place or gathered, and the stride between them."""
+    dim = a[10]
+    if a[19] == 0:
+        return elements(a[2], head * a[3] + start * a[4], (stop - start - 1) * a[4] + dim, stored), a[4]
+    for n in range(start, stop):
+        begin = head * a[3] + place(n, a[4], a[19], a[20])
+        gather(a[2], begin, a[21], staging[(n - start) * dim : (n - start + 1) * dim], stored)
+    return staging, dim
+
+
+@njit(**FLAGS)
+def place(n, stride, group, group_stride):
+    """Where row n begins, with ``group`` rows in a group."""
+    return n // group * group_stride + n % group * stride
+
+
+@njit(**FLAGS)
+def gather(address, offset, step, out, stored):
+    """Copies elements ``step`` apart."""
+    source = elements(address, offset, (out.shape[0] - 1) * step + 1, stored)
+    for d in range(out.shape[0]):
+        out[d] = source[d * step]
 
 
 @njit(**FLAGS)
@@ -303,25 +328,25 @@ def prepare_heads(p, computed):
 @njit(**FLAGS)
 def _nearest_chunks(p, stored, computed):
     a = carray(p, (LOOKUP + 2,))
-    rows, stride, dim, chunk, block = a[8], a[4], a[10], a[15], a[16]
+    rows, dim, chunk, block = a[8], a[10], a[15], a[16]
     chunks = (rows + chunk - 1) // chunk
     _, codes = codes_of_head(a, 0, computed)
-    scratch = make_scratch(block, dim, codes)
+    scratch, staging = make_scratch(block, dim, codes), make_staging(a, block, stored)
     while True:
         task = fetch_add(a, 0)
         if task >= chunks * a[18]:
             return
         head, first = task // chunks, task % chunks * chunk
         codebook, codes = codes_of_head(a, head, computed)
-        x = rows_of_head(a, head, stored)
-        out = elements(a[17], head * rows, rows, np.int64(0))
         options = a[12] == L2, a[13] != 0, a[14]
         for start in range(first, min(first + chunk, rows), block):
             stop = min(start + block, first + chunk, rows)
-            scan(x, stride, start, stop, rows - 1, codebook, codes, options, scratch, out)
+            x, stride = rows_of_block(a, head, start, stop, staging, stored)
+            out = elements(a[17], head * rows + start, stop - start, np.int64(0))
+            scan(x, stride, codebook, codes, options, scratch, out)
             if a[LOOKUP] != 0:
-                distance = elements(a[LOOKUP], head * rows, rows, computed)
-                for n in range(start, stop):
+                distance = elements(a[LOOKUP], head * rows + start, stop - start, computed)
+                for n in range(stop - start):
                     distance[n] = np.nan
                     if out[n] >= 0:
                         row = x[n * stride : n * stride + dim]
@@ -392,15 +417,14 @@ def lay_out_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out
     """Lays out the parameters and allocates the space of the prepared codebooks.
 
     Args:
-        x: (H, N, D).
+        x: (H, N, D), or (H, B, N / B, D) where the rows lie in groups.
         codebook: (H, K, D).
         metric: "l2", "dot", or "cosine" with normalised codes.
         precision: "exact" scans the rows that fp32 cannot decide in fp64; "fast" is "default" here.
         out: (H, N) int64, contiguous: where the indices go.
         summing: as for :func:`sizes_of`.
     """
-    (heads, rows, dim), num_codes = x.shape, codebook.shape[1]
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    (heads, rows), (num_codes, dim) = out.shape, codebook.shape[1:]
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
     codebook = codebook.to(computed)
     if codebook.stride()[1:] != (dim, 1):
@@ -408,30 +432,50 @@ def lay_out_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out
     sizes = sizes_of(rows, num_codes, dim, computed.itemsize, summing)
     workspace = torch.empty(heads, sizes.workspace, dtype=computed)
     parameters = lookup_parameters(
-        (x.data_ptr(), x.stride(0), x.stride(1)), (codebook.data_ptr(), codebook.stride(0)), workspace.data_ptr(),
+        x.data_ptr(), row_strides(x), (codebook.data_ptr(), codebook.stride(0)), workspace.data_ptr(),
         (rows, num_codes, dim), sizes, METRICS[metric], precision, out.data_ptr(), heads,
     )  # fmt: skip
     work = heads * rows * sizes.padded * dim
     return Lookup(parameters, heads * sizes.chunks, work, (x, codebook, workspace))
 
 
+class Strides(NamedTuple):
+    """Where the rows of x are, in elements."""
+
+    head: int
+    row: int
+    group: int = 0  # rows in a group; 0 where `row` says all and entries are side by side
+    group_stride: int = 0
+    entry: int = 1
+
+
+def row_strides(x: Tensor) -> Strides:
+    """Of x (H, N, D), or (H, B, N / B, D)."""
+    if x.ndim == 3 and x.stride(2) == 1:
+        return Strides(x.stride(0), x.stride(1))
+    if x.ndim == 3:
+        x = x.unsqueeze(1)
+    return Strides(x.stride(0), x.stride(2), max(x.shape[2], 1), x.stride(1), x.stride(3))
+
+
 def lookup_parameters(
-    x: tuple[int, int, int], codebook: tuple[int, int], workspace: int, shape: tuple[int, int, int], sizes: Sizes,
+    x: int, strides: Strides, codebook: tuple[int, int], workspace: int, shape: tuple[int, int, int], sizes: Sizes,
     metric: int, precision: str, out: int, heads: int,
 ) -> list[int]:  # fmt: skip
     """Elements 2 to LOOKUP − 1 of a kernel's array, from addresses, strides in elements and sizes."""
     rows, num_codes, dim = shape
     return [
-        *x, *codebook, workspace, rows, num_codes, dim, sizes.padded, metric, precision == "exact", sizes.panel,
-        sizes.chunk, sizes.block, out, heads,
+        x, strides.head, strides.row, *codebook, workspace, rows, num_codes, dim, sizes.padded, metric,
+        precision == "exact", sizes.panel, sizes.chunk, sizes.block, out, heads, strides.group, strides.group_stride,
+        strides.entry,
     ]  # fmt: skip
 
 
 def nearest_code(
     x: Tensor, codebook: Tensor, metric: str, precision: str, return_distance: bool
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`lamkernels.nearest_code`. ``x`` (H, N, D), ``codebook`` (H, K, D)."""
-    heads, rows, _ = x.shape
+    """See :func:`lamkernels.nearest_code`. ``x`` (H, N, D) or (H, B, N / B, D), ``codebook`` (H, K, D)."""
+    heads, rows = x.shape[0], x.shape[1:-1].numel()
     indices = torch.empty((heads, rows), dtype=torch.int64)
     distance_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     distance = torch.empty((heads, rows if return_distance else 0), dtype=distance_dtype)

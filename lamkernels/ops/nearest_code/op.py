@@ -9,13 +9,14 @@ from lamkernels.ops.registration import register
 
 
 def _fake(x: Tensor, codebook: Tensor, metric: str, precision: str, return_distance: bool) -> tuple[Tensor, Tensor]:
-    heads, rows, _ = x.shape
+    heads, rows = x.shape[0], x.shape[1:-1].numel()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     indices = x.new_empty((heads, rows), dtype=torch.int64)
     return indices, x.new_empty((heads, rows if return_distance else 0), dtype=dtype)
 
 
-# x (H, N, D), codebook (H, K, D) -> indices (H, N) int64, distance (H, N) or, where it was not asked for, (H, 0)
+# x (H, N, D), or (H, B, N / B, D) whose rows lie in groups, codebook (H, K, D) ->
+#   indices (H, N) int64, distance (H, N) or, where it was not asked for, (H, 0)
 nearest_code = register(
     "nearest_code",
     "nearest_code",

@@ -14,12 +14,13 @@ SCORES_PER_BLOCK = 2**22  # fp64 scores held at a time: 32 MiB
 def nearest_code(
     x: Tensor, codebook: Tensor, metric: str, precision: str, return_distance: bool
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`lamkernels.nearest_code`. ``x`` (H, N, D), ``codebook`` (H, K, D); metric "l2", "dot", or
+    """See :func:`lamkernels.nearest_code`. ``x`` (H, ..., D), ``codebook`` (H, K, D); metric "l2", "dot", or
     "cosine" with codes that are normalised already.
 
     Every precision is met by the strictest one. The score of a code that is not finite is +inf; a row that is not
     finite, or that has no finite code to go to, gets index −1 and distance NaN.
     """
+    x = x.flatten(1, -2)
     (heads, rows, _), num_codes = x.shape, codebook.shape[1]
     codes = codebook.double()
     finite_code = codes.isfinite().all(-1)  # (H, K)

@@ -23,21 +23,26 @@ from lamkernels.ops.nearest_code.numba import (
     LOOKUP,
     codes_of_head,
     elements,
+    gather,
     inverse_norm,
     make_scratch,
+    make_staging,
+    place,
     prepare_lookup,
-    rows_of_head,
+    row_strides,
+    rows_of_block,
     scan,
     sizes_of,
 )
 from lamkernels.ops.parallel import compiled, empty, launch
-from lamkernels.ops.simd import at, computed_type, fetch_add, narrow, quantize_rows, stored_type, widen, words
+from lamkernels.ops.simd import BITS, at, computed_type, fetch_add, narrow, quantize_rows, stored_type, widen, words
 
 # The parameters behind those of the lookup: 0 quantized (H, N, D), 1 codebook in x.dtype, 2 its head stride, 3 mask or
 # 0, 4 [NaN, 0] in x.dtype, 5 partial residual sums (tasks, K, D) or 0, 6 partial counts (tasks, K), 7 partial loss and
 # rows (tasks, 2) fp64, 8 counts, 9 sums, 10 residual sums, 11 commitment loss, 12 codebook loss, 13 rows that are in,
 # 14 noise (H, N, D) or 0, 15 codes (H, N, D), with noise
 QUANTIZE = LOOKUP + 16
+STREAMED = 1 << 22  # bytes from which on the output is written past the caches
 MAX_PARTS = 1 << 21  # entries of all partial sums
 MIN_MERGED = 1 << 13  # codes of all chunks that are always merged
 
@@ -46,11 +51,15 @@ MIN_MERGED = 1 << 13  # codes of all chunks that are always merged
 def quantize_chunks(p, stored, computed):
     """Everything that a chunk of rows takes part in; the thread that finishes last merges all and returns True."""
     a = carray(p, (QUANTIZE,))
-    rows, stride, num_codes, dim, chunk, block = a[8], a[4], a[9], a[10], a[15], a[16]
+    rows, num_codes, dim, chunk, block = a[8], a[9], a[10], a[15], a[16]
     chunks = (rows + chunk - 1) // chunk
     fill = elements(a[LOOKUP + 4], 0, 2, stored)
     _, codes = codes_of_head(a, 0, computed)
     scratch, loss, scales = make_scratch(block, dim, codes), np.zeros(1), np.ones(block, codes.mean.dtype)
+    staging = make_staging(a, block, stored)
+    vector = BITS // (8 * codes.mean.itemsize)  # entries
+    large = a[18] * rows * dim * fill.itemsize >= STREAMED
+    streamed = large and dim % vector == 0 and (a[LOOKUP] | a[LOOKUP + 15]) % (vector * fill.itemsize) == 0
     finished_last = False
     while True:
         task = fetch_add(a, 0)
@@ -58,11 +67,6 @@ def quantize_chunks(p, stored, computed):
             return finished_last
         head, first = task // chunks, task % chunks * chunk
         codebook, codes = codes_of_head(a, head, computed)
-        x = rows_of_head(a, head, stored)
-        out = elements(a[17], head * rows, rows, np.int64(0))
-        quantized = elements(a[LOOKUP], head * rows * dim, rows * dim, stored)
-        noise = elements(a[LOOKUP + 14], head * rows * dim, rows * dim, stored)
-        chosen = quantized if a[LOOKUP + 14] == 0 else elements(a[LOOKUP + 15], head * rows * dim, rows * dim, stored)
         stored_codes = elements(a[LOOKUP + 1], head * a[LOOKUP + 2], num_codes * dim, stored)
         masked, mask = a[LOOKUP + 3] != 0, elements(a[LOOKUP + 3], head * rows, rows, np.uint8(0))
         summing = a[LOOKUP + 5] != 0
@@ -74,10 +78,15 @@ def quantize_chunks(p, stored, computed):
         loss[0], inside = 0.0, 0
         options = a[12] == L2, a[13] != 0, a[14]
         for start in range(first, min(first + chunk, rows), block):
-            stop = min(start + block, first + chunk, rows)
-            scan(x, stride, start, stop, rows - 1, codebook, codes, options, scratch, out)
-            for n in range(start, stop):
-                if masked and mask[n] == 0:
+            count = min(start + block, first + chunk, rows) - start
+            x, stride = rows_of_block(a, head, start, start + count, staging, stored)
+            out = elements(a[17], head * rows + start, count, np.int64(0))
+            scan(x, stride, codebook, codes, options, scratch, out)
+            begin, size = (head * rows + start) * dim, count * dim
+            quantized = elements(a[LOOKUP], begin, size, stored)
+            chosen = quantized if a[LOOKUP + 14] == 0 else elements(a[LOOKUP + 15], begin, size, stored)
+            for n in range(count):
+                if masked and mask[start + n] == 0:
                     out[n] = -1
                     quantized[n * dim : (n + 1) * dim] = fill[1]
                     chosen[n * dim : (n + 1) * dim] = fill[1]
@@ -85,20 +94,21 @@ def quantize_chunks(p, stored, computed):
                     quantized[n * dim : (n + 1) * dim] = fill[0]
                     chosen[n * dim : (n + 1) * dim] = fill[0]
             if a[12] == COSINE:
-                for n in range(start, stop):
-                    scales[n - start] = inverse_norm(x[n * stride : n * stride + dim])
+                for n in range(count):
+                    scales[n] = inverse_norm(x[n * stride : n * stride + dim])
             before = loss[0]
             inside += quantize_rows(
-                at(x, start * stride), stride, at(out, start), stop - start, dim, at(codebook, 0), at(stored_codes, 0),
-                at(chosen, start * dim), at(sums, 0), at(counts, 0), at(loss, 0), summing, at(scales, 0),
+                at(x, 0), stride, at(out, 0), count, dim, at(codebook, 0), at(stored_codes, 0), at(chosen, 0),
+                at(sums, 0), at(counts, 0), at(loss, 0), summing, at(scales, 0), streamed,
             )  # fmt: skip
             if not loss[0] < np.inf:
-                loss[0] = before + _loss_in_fp64(x, stride, start, stop, out, codebook, scales)
+                loss[0] = before + _loss_in_fp64(x, stride, out, codebook, scales)
             if a[LOOKUP + 14] != 0:
-                for n in range(start, stop):
+                noise = elements(a[LOOKUP + 14], begin, size, stored)
+                for n in range(count):
                     if out[n] >= 0:
                         row, here = x[n * stride : n * stride + dim], slice(n * dim, (n + 1) * dim)
-                        _substitute(row, scales[n - start], codebook[out[n]], noise[here], quantized[here], stored)
+                        _substitute(row, scales[n], codebook[out[n]], noise[here], quantized[here], stored)
         part = elements(a[LOOKUP + 7], task * 2, 2, np.float64(0))
         part[0], part[1] = loss[0], inside
         if fetch_add(a, 1) == chunks * a[18] - 1:
@@ -108,14 +118,14 @@ def quantize_chunks(p, stored, computed):
 
 
 @njit(**FLAGS)
-def _loss_in_fp64(x, stride, start, stop, indices, codebook, scales):
+def _loss_in_fp64(x, stride, indices, codebook, scales):
     """The squared residuals of a block where those of fp32 overflow."""
     total = 0.0
-    for n in range(start, stop):
+    for n in range(indices.shape[0]):
         if indices[n] >= 0:
             row, code = x[n * stride : n * stride + codebook.shape[1]], codebook[indices[n]]
             for d in range(code.shape[0]):
-                total += (np.float64(widen(row[d])) * scales[n - start] - np.float64(code[d])) ** 2
+                total += (np.float64(widen(row[d])) * scales[n] - np.float64(code[d])) ** 2
     return total
 
 
@@ -165,8 +175,9 @@ def _finish(a, head, chunks, computed):
 # int64 parameters of the backward: 2 x, 3 head stride, 4 row stride, 5 codes (H, N, D), 6 indices (H, N),
 # 7 gradient of quantized or 0, 8 N, 9 K, 10 D, 11 to 13 its strides, 14 gradient of the commitment loss (H,), 15 of the
 # codebook loss (H,), 16 rows that are in (H,), 17 residual sums, 18 gradient of x, 19 of the codebook, 20 H, 21 chunk,
-# 22 noise (H, N, D) or 0, 23 what the noise sends to the codes, negated (H, N, D), 24 cosine, 25 rotation
-BACKWARD = 26
+# 22 noise (H, N, D) or 0, 23 what the noise sends to the codes, negated (H, N, D), 24 cosine, 25 rotation,
+# 26 to 28 groups of rows of x, as 19 to 21 of the lookup
+BACKWARD = 29
 BACKWARD_CHUNK = 1 << 16  # entries of x in a task
 
 
@@ -176,8 +187,10 @@ def _backward_chunks(p, stored, computed):
     rows, num_codes, dim, chunk = a[8], a[9], a[10], a[21]
     chunks = (rows + chunk - 1) // chunk + 1  # the last one is the codebook's
     general = a[22] != 0 or a[24] != 0 or (a[25] != 0 and a[7] != 0)
-    flat = not general and a[4] == dim and (a[7] == 0 or (a[12] == dim and a[13] == 1))  # all rows in one piece
-    scratch = np.zeros(dim), np.zeros(dim)
+    flat = (
+        not general and a[26] == 0 and a[4] == dim and (a[7] == 0 or (a[12] == dim and a[13] == 1))
+    )  # all rows in one piece
+    scratch, staging = (np.zeros(dim), np.zeros(dim)), np.empty(dim, elements(a[2], 0, 1, stored).dtype)
     while True:
         task = fetch_add(a, 0)
         if task >= chunks * a[20]:
@@ -200,10 +213,10 @@ def _backward_chunks(p, stored, computed):
             for n in range(first, stop):
                 least = min(least, indices[n])
             if least >= 0:  # all rows in one piece
-                _straight_through(a, _row(a, head, first, (stop - first) * dim, stored), weight, stored)
+                _straight_through(a, _row(a, head, first, (stop - first) * dim, staging, stored), weight, stored)
                 continue
         for n in range(first, stop):
-            row = _row(a, head, n, dim, stored)
+            row = _row(a, head, n, dim, staging, stored)
             if indices[n] < 0:
                 row[3][:] = 0
             elif general:
@@ -229,15 +242,20 @@ def _straight_through(a, row, weight, stored):
 
 
 @njit(**FLAGS)
-def _row(a, head, n, size, stored):
+def _row(a, head, n, size, staging, stored):
     """``size`` entries from row n of a head on: of x, its codes, the gradient of quantized, and the gradient of x.
 
     Arrays of their own: in one of the whole head an index might be negative for all the compiler knows, and no loop
     over it is vectorised.
     """
     at = (head * a[8] + n) * a[10]
+    if a[26] == 0:
+        x = elements(a[2], head * a[3] + n * a[4], size, stored)
+    else:
+        gather(a[2], head * a[3] + place(n, a[4], a[26], a[27]), a[28], staging, stored)
+        x = staging
     return (
-        elements(a[2], head * a[3] + n * a[4], size, stored),
+        x,
         elements(a[5], at, size, stored),
         elements(a[7], head * a[11] + n * a[12], (size - 1) * a[13] + 1, stored),
         elements(a[18], at, size, stored),
@@ -329,8 +347,10 @@ def nan_and_zero(dtype: torch.dtype) -> Tensor:
 def vector_quantize(
     x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, precision: str, gradient: str
 ) -> tuple[Tensor, ...]:
-    """``x`` (H, N, D), ``codebook`` (H, K, D), ``mask`` (H, N) bool or None, ``noise`` (H, N, D) or None."""
-    (heads, rows, dim), num_codes = x.shape, codebook.shape[1]
+    """``x`` (H, N, D) or (H, B, N / B, D), ``codebook`` (H, K, D), ``mask`` (H, N) bool or None, ``noise`` (H, N, D) or
+    None.
+    """
+    heads, rows, (num_codes, dim) = x.shape[0], x.shape[1:-1].numel(), codebook.shape[1:]
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
     quantized = empty((heads, rows, dim), x.dtype)
     indices = torch.empty((heads, rows), dtype=torch.int64)
@@ -341,7 +361,7 @@ def vector_quantize(
 
     summing = sums_by_chunk(heads, rows, num_codes, dim, computed.itemsize)
     lookup = prepare_lookup(x, codebook, metric, precision, indices, summing)
-    x, computed_codebook, _ = lookup.tensors
+    computed_codebook = lookup.tensors[1]
     stored_codebook = computed_codebook if x.dtype == computed else codebook.to(x.dtype).contiguous()
     mask = None if mask is None else mask.contiguous()
     noise = None if noise is None else noise.contiguous()
@@ -387,22 +407,21 @@ def vector_quantize_backward(
     grad_quantized: Tensor | None, grad_commitment: Tensor, grad_codebook_loss: Tensor, metric: str, gradient: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One pass over the rows and one over the residual sums; see the reference for the formulas."""
-    (heads, rows, dim), num_codes = x.shape, residual_sums.shape[1]
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    (heads, rows, dim), num_codes, strides = codes.shape, residual_sums.shape[1], row_strides(x)
     codes, indices, residual_sums = codes.contiguous(), indices.contiguous(), residual_sums.contiguous()
     grad_commitment, grad_codebook_loss = grad_commitment.contiguous(), grad_codebook_loss.contiguous()
     num_rows = num_rows.contiguous()
     if grad_quantized is not None and grad_quantized.stride(-1) not in (0, 1):
         grad_quantized = grad_quantized.contiguous()
     noise = None if noise is None or grad_quantized is None else noise.contiguous()
-    grad_x = empty((heads, rows, dim), x.dtype)
+    grad_x = empty(x.shape, x.dtype)
     grad_codebook = torch.empty_like(residual_sums)
     pull = None if noise is None else empty((heads, rows, dim), residual_sums.dtype)
     chunk = max(1, BACKWARD_CHUNK // dim)
     parameters = [
         x.data_ptr(),
-        x.stride(0),
-        x.stride(1),
+        strides.head,
+        strides.row,
         codes.data_ptr(),
         indices.data_ptr(),
         0 if grad_quantized is None else grad_quantized.data_ptr(),
@@ -422,6 +441,9 @@ def vector_quantize_backward(
         0 if pull is None else pull.data_ptr(),
         metric == "cosine",
         gradient == "rotation",
+        strides.group,
+        strides.group_stride,
+        strides.entry,
     ]
     tasks = heads * (-(-rows // chunk) + 1)
     launch(compiled(backward, x.dtype), parameters, tasks, 4 * heads * rows * dim)

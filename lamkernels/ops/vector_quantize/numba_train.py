@@ -20,6 +20,7 @@ from lamkernels.ops.nearest_code.numba import (
     FLAGS,
     L2,
     LOOKUP,
+    Strides,
     elements,
     lookup_parameters,
     prepare_heads,
@@ -118,14 +119,14 @@ def _plan(
     forward = TrainArray(
         0, 0,
         *lookup_parameters(
-            (0, 0, row_stride), (0, 0), other_loss + item, (rows, num_codes, dim), cut, L2, precision, 0, 1
+            0, Strides(0, row_stride), (0, 0), other_loss + item, (rows, num_codes, dim), cut, L2, precision, 0, 1
         ),
         0, 0, size, 0, nan_and_zero(stored).data_ptr(), sums + 2 * size * item, 8 * num_codes,
         8 * (1 + tasks) * num_codes, 0, sums, sums + size * item, 0, other_loss, 0, 0, 0,
         0, 0, 0, *bits, 0, 0, 1, 1,
     )  # fmt: skip
     backward = BackwardArray(
-        0, 0, 0, 0, row_stride, 0, 0, 0, rows, 0, dim, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, rows, 0, 0, 0, 0
+        0, 0, 0, 0, row_stride, 0, 0, 0, rows, 0, dim, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, rows, 0, 0, 0, 0, 0, 0, 0
     )
     return Plan(forward, backward, words * (8 // item) + (2 + tasks) * size + 1 + cut.workspace, tasks, work)
 

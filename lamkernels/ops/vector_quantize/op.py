@@ -18,7 +18,7 @@ from lamkernels.ops.registration import NAMESPACE, register, register_backward
 def _fake_forward(
     x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, precision: str, gradient: str
 ) -> tuple[Tensor, ...]:
-    (heads, rows, dim), num_codes = x.shape, codebook.shape[1]
+    heads, rows, (num_codes, dim) = x.shape[0], x.shape[1:-1].numel(), codebook.shape[1:]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         x.new_empty((heads, rows, dim)),
@@ -33,7 +33,8 @@ def _fake_forward(
     )
 
 
-# x (H, N, D), codebook (H, K, D), mask (H, N) bool or None, noise (H, N, D) in x.dtype, for gradient="noise" alone ->
+# x (H, N, D), or (H, B, N / B, D) whose rows lie in groups, codebook (H, K, D), mask (H, N) bool or None,
+# noise (H, N, D) in x.dtype, for gradient="noise" alone ->
 #   quantized (H, N, D) in x.dtype, indices (H, N) int64, commitment_loss (H,), codebook_loss (H,), counts (H, K) int64,
 #   sums (H, K, D), residual_sums (H, K, D), num_rows (H,) int64: the rows that are in, and codes: (H, N, D) in x.dtype
 #   with noise, where quantized is not the code, else (H, 0, D).
@@ -48,7 +49,7 @@ vector_quantize = register(
 )
 
 
-# codes (H, N, D): the code of each row -> grad_x (H, N, D) in x.dtype, grad_codebook (H, K, D) in that of residual_sums
+# codes (H, N, D): the code of each row -> grad_x as x, grad_codebook (H, K, D) in that of residual_sums
 vector_quantize_backward = register_backward(
     "vector_quantize_backward",
     "vector_quantize",

@@ -14,11 +14,12 @@ from lamkernels.ops.nearest_code.reference import nearest_code
 def vector_quantize(
     x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, precision: str, gradient: str
 ) -> tuple[Tensor, ...]:
-    """See :func:`lamkernels.vector_quantize`; ``x`` and ``noise`` (H, N, D), ``codebook`` (H, K, D), ``mask`` (H, N).
+    """See :func:`lamkernels.vector_quantize`; ``x`` (H, ..., D), ``codebook`` (H, K, D), ``mask`` (H, N),
+    ``noise`` (H, N, D).
 
     A row is *in* when it is finite and not masked. A row that is not finite is quantised to NaN, a masked one to zero.
     """
-    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x, accumulator = x.flatten(1, -2), torch.float64 if x.dtype == torch.float64 else torch.float32
     indices, _ = nearest_code(x, codebook, metric, precision, False)
     if mask is not None:
         indices = indices.where(mask, -1)
@@ -53,6 +54,7 @@ def vector_quantize_backward(
     J is 1 for "ste", the transposed rotation and scaling of x onto q for "rotation" (Fifty et al. 2024), and for
     "noise" 1 + (x − q) vᵀ / (‖x − q‖·‖v‖), whose second part also goes to the codes, negated.
     """
+    shape, x = x.shape, x.flatten(1, -2)
     scale = 2.0 / (num_rows * x.shape[-1]).clamp(min=1).double()  # (H,)
     norm = x.double().norm(dim=-1, keepdim=True).clamp(min=COSINE_EPS)
     row, q = x.double() / norm if metric == "cosine" else x.double(), codes.double()
@@ -77,4 +79,4 @@ def vector_quantize_backward(
         along = (grad_row * row).sum(-1, keepdim=True) * (norm > COSINE_EPS)
         grad_row = (grad_row - along * row) / norm
     grad_row = grad_row.masked_fill((indices < 0)[..., None], 0.0).to(x.dtype)
-    return grad_row, grad_codebook.to(residual_sums.dtype)
+    return grad_row.view(shape), grad_codebook.to(residual_sums.dtype)
