@@ -68,6 +68,9 @@ def record(monkeypatch: pytest.MonkeyPatch, target: str, call: Any) -> list[Laun
             elif isinstance(arg, torch.Tensor):
                 signature.append((param.name, "*" + TYPES[arg.dtype]))
                 aligned.append((i,))
+            elif type(arg) is int and arg == 1:  # as the runtime does
+                signature.append((param.name, "constexpr"))
+                constants.append(((i,), arg))
             elif isinstance(arg, float):
                 signature.append((param.name, "fp32"))
             else:
@@ -131,6 +134,15 @@ def quantise(
     quantize.vector_quantize_backward(*arguments)
 
 
+def grouped(heads: int, codes: int, dim: int, strides: tuple[int, ...], gradient: str = "ste") -> None:
+    """Forward and backward of rows (H, B, L, D) in groups."""
+    x, codebook = torch.empty_strided((heads, 1024, 4, dim), strides, device="meta"), meta(heads, codes, dim)
+    out = quantize.vector_quantize(x, codebook, None, None, "l2", "default", gradient)
+    quantized, indices, loss, _, _, _, sums, num_rows, _ = out
+    arguments = (x, quantized, indices, sums, num_rows, None, quantized, loss, loss, "l2", gradient)
+    quantize.vector_quantize_backward(*arguments)
+
+
 def count(codes: int, dim: int, dtype: torch.dtype) -> None:
     statistics.code_statistics(meta(1, 10**6, dim, dtype=dtype), meta(1, 10**6, dtype=torch.int64), codes)
 
@@ -156,6 +168,7 @@ SHORT: dict[str, Any] = {  # what a change is most likely to break
     "substitute 8 x 32, cosine": lambda: quantise(8, 32, SINGLE, metric="cosine", gradient="noise"),
     "quantise 64 x 64": lambda: quantise(64, 64, SINGLE),
     "quantise 64 x 64, bf16": lambda: quantise(64, 64, HALF),
+    "quantise 2 x 64 x 16 in LAPO's layout": lambda: grouped(2, 64, 16, (64, 128, 1, 4)),
     "lookup 1024 x 64": lambda: lookup(1024, 64, SINGLE),
     "lookup 8192 x 256, bf16": lambda: lookup(8192, 256, HALF),
     "finite scalar 8 5 5 5": lambda: scalars([8, 5, 5, 5], SINGLE),
@@ -179,6 +192,8 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
         (10, 3), (16, 27), (60, 60), (16, 100), (60, 100), (250, 30), (500, 5), (1000, 100))},
     "lookup 1000 x 100, bf16": lambda: lookup(1000, 100, HALF),
     "statistics 1000 x 100": lambda: count(1000, 100, SINGLE),
+    **{f"{g} {k} x {d}, channels first": functools.partial(grouped, 1, k, d, (0, 4 * d, 1, 4), g)
+       for k, d in ((16, 128), (1024, 32), (1024, 256)) for g in ("ste", "rotation")},
     "lookup exact": lambda: lookup(64, 64, SINGLE, "exact"),
     "lookup fast": lambda: lookup(1024, 64, SINGLE, "fast"),
     **{f"{g} 16 x 128, {m}": functools.partial(quantise, 16, 128, SINGLE, metric=m, gradient=g)

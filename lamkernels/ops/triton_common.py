@@ -59,6 +59,12 @@ def product_limit(largest_code: tensor, largest_norm: tensor, dim: tensor) -> te
 
 
 @triton.jit
+def first_entries(x: tensor, row: tensor, x_b: tensor, x_l: tensor, x_n: tensor) -> tensor:
+    """Pointers to the first entry of each row [BN]; see :func:`rows_in_place` for the strides."""
+    return x + row // x_l * x_b + row % x_l * x_n
+
+
+@triton.jit
 def must_scan(largest: tensor, limit: tensor, dim: tensor, L2: tl.constexpr) -> tensor:
     """Whether fp32 must not decide rows [BN] whose largest entry is this: a sum may overflow, or every product vanish.
 
@@ -132,16 +138,17 @@ def nearest_resident(
 
 @triton.jit
 def scan_exactly(
-    rows: tensor, wanted: tensor, codebook: tensor, stride: tensor, num_codes: tensor, dim: tensor,
+    rows: tensor, step: tensor, wanted: tensor, codebook: tensor, stride: tensor, num_codes: tensor, dim: tensor,
     L2: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ) -> tensor:  # fmt: skip
     """The fp64 minimum over all codes of the wanted rows of a tile: index [BN], −1 if a row is not finite, and score.
 
-    ``rows`` [BN] points to the first entry of each row. The codes are not read when no ``wanted`` row is finite.
+    ``rows`` [BN] points to the first entry of each row, ``step`` leads to the next. The codes are not read when no
+    ``wanted`` row is finite.
     """
     finite = wanted
     for d in range(dim):
-        finite = finite & is_finite(tl.load(rows + d, mask=wanted, other=0.0).to(tl.float64))
+        finite = finite & is_finite(tl.load(rows + d * step, mask=wanted, other=0.0).to(tl.float64))
     index = tl.full([BN], -1, tl.int32)
     best = tl.full([BN], float("inf"), tl.float64)
     if tl.max(finite.to(tl.int32), axis=0) > 0:
@@ -150,7 +157,7 @@ def scan_exactly(
             usable = k < num_codes  # [BK]
             score = tl.zeros([BN, BK], tl.float64)
             for d in range(dim):
-                entry = tl.load(rows + d, mask=finite, other=0.0).to(tl.float64)[:, None]
+                entry = tl.load(rows + d * step, mask=finite, other=0.0).to(tl.float64)[:, None]
                 code = tl.load(codebook + k.to(tl.int64) * stride + d, mask=k < num_codes, other=0.0).to(tl.float64)
                 usable = usable & is_finite(code)
                 if L2:
@@ -170,7 +177,7 @@ def scan_exactly(
 
 @triton.jit
 def chosen_score(
-    rows: tensor, index: tensor, codebook: tensor, stride: tensor, dim: tensor,
+    rows: tensor, step: tensor, index: tensor, codebook: tensor, stride: tensor, dim: tensor,
     L2: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ) -> tensor:  # fmt: skip
     """Σ(x − c)², or x·c, of each row [BN] and its code in fp32, from the entries: no cancellation as in the scores."""
@@ -179,7 +186,7 @@ def chosen_score(
     for start in range(0, dim, BD):
         d = start + tl.arange(0, BD)
         inside = (index >= 0)[:, None] & (d < dim)[None, :]  # [BN, BD]
-        entry = tl.load(rows[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        entry = tl.load(rows[:, None] + d[None, :] * step, mask=inside, other=0.0).to(tl.float32)
         chosen = tl.load(code[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
         if L2:
             total += tl.sum((entry - chosen) * (entry - chosen), axis=1)
@@ -190,7 +197,8 @@ def chosen_score(
 
 @triton.jit
 def unit_scales(
-    rows: tensor, wanted: tensor, dim: tensor, WIDE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+    rows: tensor, step: tensor, wanted: tensor, dim: tensor,
+    WIDE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ) -> tensor:  # fmt: skip
     """Two factors [BN] whose product is 1 / ‖x‖ of each wanted row, the norm clamped as for the cosine.
 
@@ -199,13 +207,17 @@ def unit_scales(
     largest = tl.zeros([BN], WIDE)
     for start in range(0, dim, BD):
         d = start + tl.arange(0, BD)
-        entry = tl.load(rows[:, None] + d[None, :], mask=wanted[:, None] & (d < dim)[None, :], other=0.0).to(WIDE)
+        entry = tl.load(rows[:, None] + d[None, :] * step, mask=wanted[:, None] & (d < dim)[None, :], other=0.0).to(
+            WIDE
+        )
         largest = tl.maximum(largest, tl.max(tl.abs(entry), axis=1))
     first = 1.0 / tl.maximum(largest, SMALLEST_UNIT)
     square = tl.zeros([BN], WIDE)
     for start in range(0, dim, BD):
         d = start + tl.arange(0, BD)
-        entry = tl.load(rows[:, None] + d[None, :], mask=wanted[:, None] & (d < dim)[None, :], other=0.0).to(WIDE)
+        entry = tl.load(rows[:, None] + d[None, :] * step, mask=wanted[:, None] & (d < dim)[None, :], other=0.0).to(
+            WIDE
+        )
         entry = entry * first[:, None]
         square += tl.sum(entry * entry, axis=1)
     length = tl.sqrt(square)
@@ -276,6 +288,20 @@ def fp32_product(target: str) -> str:
 def unit_inner(tensor: Tensor) -> Tensor:
     """The tensor itself where neighbours of the last axis are neighbours in memory, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def rows_in_place(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
+    """x (H, N, D) or (H, B, L, D), and its strides as kernels take them: of heads, groups, L, of rows, of entries.
+
+    L = 1 and an entry stride of 1 become constants when a kernel is compiled, and cost nothing. A row that spans more
+    than int32 can count is copied.
+    """
+    if x.shape[-1] * x.stride(-1) >= 2**31:
+        x = x.contiguous()
+    entry = x.stride(-1) if x.shape[-1] > 1 else 1
+    if x.ndim == 3:
+        return x, (x.stride(0), x.stride(1), 1, 1, entry)
+    return x, (x.stride(0), x.stride(1), x.shape[2], x.stride(2), entry)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from contract import HARD_DATA, assert_contract, hard_data
 from contract import scores as exact_scores
+from layout_cases import CASES, LAYOUTS, assert_read_in_place
 from torch import Tensor
 from triton_cases import assert_quantized_like, more_hard_data, replayed
 
@@ -161,3 +162,10 @@ def test_more_than_two_to_the_31_entries(codes: int, dim: int) -> None:
     assert torch.equal(out.quantized[-1000:], codebook[want[-1000:]])
     assert out.commitment_loss.item() == 0.0
     assert torch.equal(out.counts, torch.bincount(want, minlength=codes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("metric", "gradient"), CASES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_are_read_where_they_lie(name: str, metric: str, gradient: str, dtype: torch.dtype) -> None:
+    assert_read_in_place(name, metric, gradient, "triton", dtype, "cuda")

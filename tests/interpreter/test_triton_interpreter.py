@@ -6,6 +6,7 @@ import pytest
 import torch
 from contract import HARD_DATA, assert_contract, hard_data
 from contract import scores as exact_scores
+from layout_cases import CASES, LAYOUTS, assert_read_in_place
 from torch import Tensor
 from triton_cases import assert_quantized_like, more_hard_data
 
@@ -257,3 +258,9 @@ def test_a_loss_past_the_squares_of_fp32(path: str) -> None:
     x[0, 7, 2] = 2e19
     got = quantize.vector_quantize(x, codebook, None, None, "l2", "default", "ste")
     torch.testing.assert_close(got[2], torch.tensor([4e38 / 240]))
+
+
+@pytest.mark.parametrize(("metric", "gradient"), CASES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_are_read_where_they_lie(name: str, metric: str, gradient: str, path: str) -> None:
+    assert_read_in_place(name, metric, gradient, "triton", torch.float32, "cpu")

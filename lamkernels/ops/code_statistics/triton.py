@@ -17,19 +17,21 @@ from triton.language import tensor
 
 from lamkernels import tuning
 from lamkernels.ops.triton_common import (
+    first_entries,
     fp32_product,
     grouped_sum,
     is_finite,
     on_device,
     persistent_programs,
-    unit_inner,
+    rows_in_place,
 )
 
 
 @triton.jit
 def code_sums_kernel(
     x: tensor, indices: tensor, parts: tensor, part_counts: tensor, num_rows: tensor, num_codes: tensor, dim: tensor,
-    x_h: tensor, x_n: tensor, i_h: tensor, i_n: tensor, tiles: tensor, programs: tensor,
+    x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, i_h: tensor, i_n: tensor, tiles: tensor,
+    programs: tensor,
     DOT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """parts (H, P, K, D) fp32 and part_counts (H, P, K) int32 of the rows of each program."""
@@ -42,7 +44,7 @@ def code_sums_kernel(
         row = tl.cast(tile, tl.int64) * BN + tl.arange(0, BN)
         code = tl.load(indices + head * i_h + row * i_n, mask=row < num_rows, other=-1)
         counted = (code >= 0) & (code < num_codes)  # [BN]
-        source = x + head * x_h + row[:, None] * x_n + d[None, :]
+        source = first_entries(x + head * x_h, row, x_b, x_l, x_n)[:, None] + d[None, :] * x_d
         entry = tl.load(source, mask=counted[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)  # [BN, BD]
         counted = counted & (tl.min(is_finite(entry).to(tl.int32), axis=1) > 0)
         member = (code[None, :] == k[:, None]) & counted[None, :]  # [BK, BN]
@@ -56,7 +58,7 @@ def code_sums_kernel(
 @triton.jit
 def row_keys_kernel(
     x: tensor, indices: tensor, keys: tensor, num_rows: tensor, num_codes: tensor, dim: tensor, x_h: tensor,
-    x_n: tensor, i_h: tensor, i_n: tensor, tiles: tensor,
+    x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, i_h: tensor, i_n: tensor, tiles: tensor,
     BN: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """keys (H, N) int64: the index of each row that counts, −1 for the others."""
@@ -64,10 +66,11 @@ def row_keys_kernel(
     row = (tl.program_id(0) % tiles).to(tl.int64) * BN + tl.arange(0, BN)
     code = tl.load(indices + head * i_h + row * i_n, mask=row < num_rows, other=-1)
     counted = (code >= 0) & (code < num_codes)
+    rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
     for start in range(0, dim, BD):
         d = start + tl.arange(0, BD)
         inside = counted[:, None] & (d < dim)[None, :]  # [BN, BD]
-        entry = tl.load(x + head * x_h + row[:, None] * x_n + d[None, :], mask=inside, other=0.0)
+        entry = tl.load(rows[:, None] + d[None, :] * x_d, mask=inside, other=0.0)
         if entry.dtype != tl.float64:
             entry = entry.to(tl.float32)
         counted = counted & (tl.min(is_finite(entry).to(tl.int32), axis=1) > 0)
@@ -77,7 +80,8 @@ def row_keys_kernel(
 @triton.jit
 def segment_sums_kernel(
     x: tensor, codebook: tensor, keys: tensor, order: tensor, parts: tensor, num_rows: tensor, num_codes: tensor,
-    dim: tensor, x_h: tensor, x_n: tensor, c_h: tensor, c_k: tensor, tiles: tensor, chunks: tensor,
+    dim: tensor, x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor, c_k: tensor,
+    tiles: tensor, chunks: tensor,
     RESIDUAL: tl.constexpr, DOT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """parts (H, T + K, D): slot j + k holds the sum of x, or of x − c_k, over the rows of code k in sorted tile j."""
@@ -90,7 +94,8 @@ def segment_sums_kernel(
     row = tl.load(order + place, mask=key >= 0, other=0)
     inside = (key >= 0)[:, None] & (d < dim)[None, :]  # [BN, BD]
     wide = parts.dtype.element_ty
-    value = tl.load(x + head * x_h + row[:, None] * x_n + d[None, :], mask=inside, other=0.0).to(wide)
+    rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
+    value = tl.load(rows[:, None] + d[None, :] * x_d, mask=inside, other=0.0).to(wide)
     if RESIDUAL:
         value -= tl.load(codebook + head * c_h + key[:, None] * c_k + d[None, :], mask=inside, other=0.0).to(wide)
     member = (key[:, None] == key[None, :]) & (key >= 0)[None, :]  # [BN, BN]
@@ -167,7 +172,7 @@ def finish_losses(
 
 def segment_sums(x: Tensor, codebook: Tensor | None, keys: Tensor, num_codes: int) -> tuple[Tensor, Tensor, int, int]:
     """Sums over runs of sorted rows: parts (H, T + K, D), offsets (H, K + 1) int64, T tiles, and rows of a tile."""
-    (heads, rows, dim), target = x.shape, tuning.target_of(x.device)
+    (heads, rows), dim, target, (x, strides) = keys.shape, x.shape[-1], tuning.target_of(x.device), rows_in_place(x)
     tile = tuning.segments(target, dim, x.dtype)
     tiles, chunks = triton.cdiv(rows, tile.rows), triton.cdiv(dim, tile.dim)
     keys, order = torch.sort(keys, dim=-1, stable=True)
@@ -178,21 +183,21 @@ def segment_sums(x: Tensor, codebook: Tensor | None, keys: Tensor, num_codes: in
     if tiles:
         codes = x if codebook is None else codebook
         segment_sums_kernel[(heads * tiles * chunks,)](
-            x, codes, keys, order, parts, rows, num_codes, dim, *x.stride()[:2], *codes.stride()[:2], tiles, chunks,
+            x, codes, keys, order, parts, rows, num_codes, dim, *strides, *codes.stride()[:2], tiles, chunks,
             codebook is not None, fp32_product(target), tile.rows, tile.dim, **tile.options(),
         )  # fmt: skip
     return parts, offsets, tiles, tile.rows
 
 
 def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """See :func:`lamkernels.code_statistics`. ``x`` (H, N, D), ``indices`` (H, N) int64."""
-    x, target = unit_inner(x), tuning.target_of(x.device)
-    (heads, rows, dim), wide = x.shape, torch.float64 if x.dtype == torch.float64 else torch.float32
+    """See :func:`lamkernels.code_statistics`. ``x`` (H, N, D) or (H, B, N / B, D), ``indices`` (H, N) int64."""
+    (x, row_strides), target = rows_in_place(x), tuning.target_of(x.device)
+    (heads, rows), dim, wide = indices.shape, x.shape[-1], torch.float64 if x.dtype == torch.float64 else torch.float32
     counts = x.new_empty((heads, num_codes), dtype=torch.int64)
     sums = x.new_empty((heads, num_codes, dim), dtype=wide)
     if sums.numel() == 0:
         return counts, sums
-    sizes, strides = (rows, num_codes, dim), (*x.stride()[:2], *indices.stride())
+    sizes, strides = (rows, num_codes, dim), (*row_strides, *indices.stride())
     tile = None if wide == torch.float64 else tuning.resident(target, *sizes)
     with on_device(x):
         if tile is not None:

@@ -21,11 +21,13 @@ from lamkernels.ops.triton_common import (
     Arithmetic,
     arithmetic,
     chosen_score,
+    first_entries,
     must_scan,
     nearest_resident,
     on_device,
     persistent_programs,
     resident_norms,
+    rows_in_place,
     scan_exactly,
     unit_inner,
     unit_scales,
@@ -35,7 +37,8 @@ from lamkernels.ops.triton_common import (
 @triton.jit
 def nearest_code_resident_kernel(
     x: tensor, codebook: tensor, indices: tensor, distance: tensor, num_rows: tensor, num_codes: tensor, dim: tensor,
-    x_h: tensor, x_n: tensor, c_h: tensor, c_k: tensor, tiles: tensor, programs: tensor,
+    x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor, c_k: tensor, tiles: tensor,
+    programs: tensor,
     L2: tl.constexpr, COSINE: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
     DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -46,37 +49,37 @@ def nearest_code_resident_kernel(
     for tile in range(tl.program_id(0) % programs, tiles, programs):
         row = tl.cast(tile, tl.int64) * BN + tl.arange(0, BN)
         present = row < num_rows
-        rows = x + head * x_h + row * x_n
-        entries = tl.load(rows[:, None] + d[None, :], mask=present[:, None] & (d < dim)[None, :], other=0.0)  # [BN, BD]
+        rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
+        entries = tl.load(rows[:, None] + d[None, :] * x_d, mask=present[:, None] & (d < dim)[None, :], other=0.0)
         index, again = nearest_resident(
             entries, codebook, c_k, num_codes, dim, centre, half_norm, limit, L2, CENTRE, NATIVE, DOT, BK, BD
         )
         store_nearest(
-            index, again & present, rows, row, present, codebook, c_k, indices + head * num_rows,
+            index, again & present, rows, x_d, row, present, codebook, c_k, indices + head * num_rows,
             distance + head * num_rows, num_codes, dim, L2, COSINE, DISTANCE, BN, 16, BD,
         )  # fmt: skip
 
 
 @triton.jit
 def store_nearest(
-    index: tensor, again: tensor, rows: tensor, row: tensor, present: tensor, codebook: tensor, stride: tensor,
-    indices: tensor, distance: tensor, num_codes: tensor, dim: tensor,
+    index: tensor, again: tensor, rows: tensor, step: tensor, row: tensor, present: tensor, codebook: tensor,
+    stride: tensor, indices: tensor, distance: tensor, num_codes: tensor, dim: tensor,
     L2: tl.constexpr, COSINE: tl.constexpr, DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """Decides the rows marked ``again`` in fp64, then stores the index and, where asked for, the score of each row."""
     best = tl.zeros([BN], tl.float64)
     if tl.max(again.to(tl.int32), axis=0) > 0:
-        scanned, best = scan_exactly(rows, again, codebook, stride, num_codes, dim, L2, BN, BK)
+        scanned, best = scan_exactly(rows, step, again, codebook, stride, num_codes, dim, L2, BN, BK)
         index = tl.where(again, scanned, index)
     tl.store(indices + row, index.to(tl.int64), mask=present)
     if DISTANCE:
-        score = chosen_score(rows, tl.where(present, index, -1), codebook, stride, dim, L2, BN, BD)
+        score = chosen_score(rows, step, tl.where(present, index, -1), codebook, stride, dim, L2, BN, BD)
         if not L2:
             best = -best
         score = tl.where(again, best.to(tl.float32), score)
         if COSINE:
-            first, second = unit_scales(rows, present & (index >= 0), dim, tl.float32, BN, BD)
+            first, second = unit_scales(rows, step, present & (index >= 0), dim, tl.float32, BN, BD)
             score = score * first * second
         tl.store(distance + row, tl.where(index >= 0, score, float("nan")), mask=present)
 
@@ -85,26 +88,26 @@ def store_nearest(
 def nearest_code_streamed_kernel(
     x: tensor, codebook: tensor, codes: tensor, centre: tensor, half_norm: tensor, limit: tensor, indices: tensor,
     distance: tensor, num_rows: tensor, num_codes: tensor, dim: tensor, padded_codes: tensor, padded_dim: tensor,
-    x_h: tensor, x_n: tensor, c_h: tensor, c_k: tensor, tiles: tensor,
+    x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor, c_k: tensor, tiles: tensor,
     L2: tl.constexpr, COSINE: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
     DISTANCE: tl.constexpr, ONE_CHUNK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     head = (tl.program_id(0) // tiles).to(tl.int64)
     row = (tl.program_id(0) % tiles).to(tl.int64) * BN + tl.arange(0, BN)
     present = row < num_rows
-    rows = x + head * x_h + row * x_n
+    rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
     codes += head * padded_codes * padded_dim
     half_norm += head * padded_codes
     centre += head * padded_dim
     bound = tl.load(limit + head)
     largest = tl.zeros([BN], tl.float32)
     for start in range(0, dim, BD):
-        entry = centred_rows(rows, present, centre, start, dim, CENTRE, False, BD).to(tl.float32)
+        entry = centred_rows(rows, x_d, present, centre, start, dim, CENTRE, False, BD).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.where(tl.abs(entry) <= bound, tl.abs(entry), float("inf")), axis=1))
     again = must_scan(largest, bound, dim, L2)
     best = tl.full([BN], float("inf"), tl.float32)
     index = tl.full([BN], -1, tl.int32)
-    entry = centred_rows(rows, present, centre, 0, dim, CENTRE, NATIVE, BD)  # [BN, BD]
+    entry = centred_rows(rows, x_d, present, centre, 0, dim, CENTRE, NATIVE, BD)  # [BN, BD]
     for first in range(0, num_codes, BK):
         k = first + tl.arange(0, BK)
         code = codes + k.to(tl.int64)[None, :] * padded_dim  # [1, BK]
@@ -114,7 +117,7 @@ def nearest_code_streamed_kernel(
             product = tl.dot(entry, code_tile, product, input_precision=DOT)
         else:
             for start in range(0, dim, BD):
-                chunk = centred_rows(rows, present, centre, start, dim, CENTRE, NATIVE, BD)
+                chunk = centred_rows(rows, x_d, present, centre, start, dim, CENTRE, NATIVE, BD)
                 code_tile = tl.load(code + start + tl.arange(0, BD)[:, None])
                 product = tl.dot(chunk, code_tile, product, input_precision=DOT)
         score = tl.load(half_norm + k)[None, :] - product  # [BN, BK]
@@ -124,18 +127,18 @@ def nearest_code_streamed_kernel(
         index = tl.where(better, tile_index, index)
         best = tl.where(better, tile_best, best)
     store_nearest(
-        index, again & present, rows, row, present, codebook + head * c_h, c_k, indices + head * num_rows,
+        index, again & present, rows, x_d, row, present, codebook + head * c_h, c_k, indices + head * num_rows,
         distance + head * num_rows, num_codes, dim, L2, COSINE, DISTANCE, BN, 16, BD,
     )  # fmt: skip
 
 
 @triton.jit
 def centred_rows(
-    rows: tensor, present: tensor, centre: tensor, start: tensor, dim: tensor,
+    rows: tensor, step: tensor, present: tensor, centre: tensor, start: tensor, dim: tensor,
     CENTRE: tl.constexpr, NATIVE: tl.constexpr, BD: tl.constexpr,
 ) -> tensor:  # fmt: skip
     d = start + tl.arange(0, BD)
-    entry = tl.load(rows[:, None] + d[None, :], mask=present[:, None] & (d < dim)[None, :], other=0.0)
+    entry = tl.load(rows[:, None] + d[None, :] * step, mask=present[:, None] & (d < dim)[None, :], other=0.0)
     if not NATIVE:
         entry = entry.to(tl.float32)
     if CENTRE:
@@ -146,14 +149,23 @@ def centred_rows(
 @triton.jit
 def nearest_code_exact_kernel(
     x: tensor, codebook: tensor, indices: tensor, distance: tensor, num_rows: tensor, num_codes: tensor, dim: tensor,
-    x_h: tensor, x_n: tensor, c_h: tensor, c_k: tensor, tiles: tensor,
+    x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor, c_k: tensor, tiles: tensor,
     L2: tl.constexpr, DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ) -> None:  # fmt: skip
     head = (tl.program_id(0) // tiles).to(tl.int64)
     row = (tl.program_id(0) % tiles).to(tl.int64) * BN + tl.arange(0, BN)
     present = row < num_rows
     index, best = scan_exactly(
-        x + head * x_h + row * x_n, present, codebook + head * c_h, c_k, num_codes, dim, L2, BN, BK
+        first_entries(x + head * x_h, row, x_b, x_l, x_n),
+        x_d,
+        present,
+        codebook + head * c_h,
+        c_k,
+        num_codes,
+        dim,
+        L2,
+        BN,
+        BK,
     )
     tl.store(indices + head * num_rows + row, index.to(tl.int64), mask=present)
     if DISTANCE:
@@ -166,9 +178,9 @@ def nearest_code_exact_kernel(
 def nearest_code(
     x: Tensor, codebook: Tensor, metric: str, precision: str, return_distance: bool
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`lamkernels.nearest_code`. ``x`` (H, N, D), ``codebook`` (H, K, D)."""
-    x, codebook = unit_inner(x), unit_inner(codebook)
-    (heads, rows, dim), codes = x.shape, codebook.shape[1]
+    """See :func:`lamkernels.nearest_code`. ``x`` (H, N, D) or (H, B, N / B, D), ``codebook`` (H, K, D)."""
+    codebook, (x, row_strides) = unit_inner(codebook), rows_in_place(x)
+    heads, rows, (codes, dim) = x.shape[0], x.shape[1:-1].numel(), codebook.shape[1:]
     indices = x.new_empty((heads, rows), dtype=torch.int64)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     distance = x.new_empty((heads, rows if return_distance else 0), dtype=wide)
@@ -177,7 +189,7 @@ def nearest_code(
     target = tuning.target_of(x.device)
     how = arithmetic(x, codebook, metric, precision, target)
     sizes = (rows, codes, dim)
-    strides = (*x.stride()[:2], *codebook.stride()[:2])
+    strides = (*row_strides, *codebook.stride()[:2])
     tile = tuning.resident(target, *sizes)
     with on_device(x):
         if how.exact:
@@ -196,17 +208,20 @@ def nearest_code(
                 **tile.options(),
             )  # fmt: skip
         else:
-            _streamed(x, codebook, indices, distance, metric, how)
+            _streamed(x, codebook, indices, distance, strides, metric, how)
     return indices, distance
 
 
-def _streamed(x: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor, metric: str, how: Arithmetic) -> None:
-    (heads, rows, dim), num_codes = x.shape, codebook.shape[1]
+def _streamed(
+    x: Tensor, codebook: Tensor, indices: Tensor, distance: Tensor, strides: tuple[int, ...], metric: str,
+    how: Arithmetic,
+) -> None:  # fmt: skip
+    (heads, rows), (num_codes, dim) = indices.shape, codebook.shape[1:]
     tile = tuning.streamed(tuning.target_of(x.device), num_codes, dim, x.dtype if how.native else torch.float32)
     ready = ready_codebook(codebook, tile, metric == "l2", how.centre, x.dtype if how.native else torch.float32)
     tiles = triton.cdiv(rows, tile.rows)
     nearest_code_streamed_kernel[(heads * tiles,)](
         x, codebook, *ready, indices, distance, rows, num_codes, dim, *ready.codes.shape[1:],
-        *x.stride()[:2], *codebook.stride()[:2], tiles, metric == "l2", metric == "cosine", how.centre, how.native,
+        *strides, tiles, metric == "l2", metric == "cosine", how.centre, how.native,
         how.dot, distance.numel() > 0, dim <= tile.dim, tile.rows, tile.codes, tile.dim, **tile.options(),
     )  # fmt: skip

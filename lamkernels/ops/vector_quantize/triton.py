@@ -26,12 +26,14 @@ from lamkernels.ops.nearest_code.triton import nearest_code
 from lamkernels.ops.triton_common import (
     Arithmetic,
     arithmetic,
+    first_entries,
     fp32_product,
     grouped_sum,
     nearest_resident,
     on_device,
     persistent_programs,
     resident_norms,
+    rows_in_place,
     scan_exactly,
     squared_norm,
     unit_inner,
@@ -48,7 +50,8 @@ NOISE_FLOOR = tl.constexpr(NOISE_EPS)
 def vector_quantize_fwd_kernel(
     x: tensor, codebook: tensor, mask: tensor, quantized: tensor, indices: tensor, parts: tensor, part_counts: tensor,
     part_losses: tensor, noise: tensor, codes: tensor, num_rows: tensor, num_codes: tensor, dim: tensor, x_h: tensor,
-    x_n: tensor, c_h: tensor, c_k: tensor, m_h: tensor, m_n: tensor, tiles: tensor, programs: tensor,
+    x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor, c_k: tensor, m_h: tensor, m_n: tensor,
+    tiles: tensor, programs: tensor,
     L2: tl.constexpr, COSINE: tl.constexpr, NOISE: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr,
     DOT: tl.constexpr, SUM_DOT: tl.constexpr, MASK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -67,14 +70,14 @@ def vector_quantize_fwd_kernel(
         kept = present
         if MASK:
             kept = present & (tl.load(mask + head * m_h + row * m_n, mask=present, other=0) != 0)
-        rows = x + head * x_h + row * x_n
-        entry = tl.load(rows[:, None] + d[None, :], mask=present[:, None] & (d < dim)[None, :], other=0.0)  # [BN, BD]
+        rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
+        entry = tl.load(rows[:, None] + d[None, :] * x_d, mask=present[:, None] & (d < dim)[None, :], other=0.0)
         index, again = nearest_resident(
             entry, codebook, c_k, num_codes, dim, centre, half_norm, limit, L2, CENTRE, NATIVE, DOT, BK, BD
         )
         again = again & kept
         if tl.max(again.to(tl.int32), axis=0) > 0:
-            scanned, _ = scan_exactly(rows, again, codebook, c_k, num_codes, dim, L2, BN, 16)
+            scanned, _ = scan_exactly(rows, x_d, again, codebook, c_k, num_codes, dim, L2, BN, 16)
             index = tl.where(again, scanned, index)
         index = tl.where(kept, index, -1)
         tl.store(indices + head * num_rows + row, index.to(tl.int64), mask=present)
@@ -85,7 +88,7 @@ def vector_quantize_fwd_kernel(
         place = (head * num_rows + row)[:, None] * dim + d[None, :]
         wide = entry.to(tl.float32)
         if COSINE:
-            first, second = unit_scales(rows, index >= 0, dim, tl.float32, BN, BD)
+            first, second = unit_scales(rows, x_d, index >= 0, dim, tl.float32, BN, BD)
             wide = wide * first[:, None] * second[:, None]
         residual = tl.where(inside, wide - chosen.to(tl.float32), 0.0)
         square = squared_norm(residual)
@@ -116,9 +119,9 @@ def noise_scale(residual: tensor, length: tensor) -> tensor:
 
 @triton.jit
 def quantize_rows_kernel(
-    x: tensor, codebook: tensor, mask: tensor, quantized: tensor, indices: tensor, part_losses: tensor,
-    noise: tensor, codes: tensor, num_rows: tensor, dim: tensor, x_h: tensor, x_n: tensor, c_h: tensor, c_k: tensor,
-    m_h: tensor, m_n: tensor, tiles: tensor,
+    x: tensor, codebook: tensor, mask: tensor, quantized: tensor, indices: tensor, part_losses: tensor, noise: tensor,
+    codes: tensor, num_rows: tensor, dim: tensor, x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor,
+    c_h: tensor, c_k: tensor, m_h: tensor, m_n: tensor, tiles: tensor,
     MASK: tl.constexpr, COSINE: tl.constexpr, NOISE: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -132,17 +135,21 @@ def quantize_rows_kernel(
         kept = present & (tl.load(mask + head * m_h + row * m_n, mask=present, other=0) != 0)
         index = tl.where(kept, index, -1)
         tl.store(indices + head * num_rows + row, index, mask=present)
-    rows = x + head * x_h + row * x_n
+    rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
     first = tl.full([BN], 1.0, WIDE)
     second = first
     if COSINE:
-        first, second = unit_scales(rows, index >= 0, dim, WIDE, BN, BD)
+        first, second = unit_scales(rows, x_d, index >= 0, dim, WIDE, BN, BD)
     loss = tl.zeros([BN], tl.float64)
     length = tl.zeros([BN], tl.float64)
     for start in range(0, dim, BD):
         d = start + tl.arange(0, BD)
         inside = (index >= 0)[:, None] & (d < dim)[None, :]  # [BN, BD]
-        entry = tl.load(rows[:, None] + d[None, :], mask=inside, other=0.0).to(WIDE) * first[:, None] * second[:, None]
+        entry = (
+            tl.load(rows[:, None] + d[None, :] * x_d, mask=inside, other=0.0).to(WIDE)
+            * first[:, None]
+            * second[:, None]
+        )
         chosen = tl.load(codebook + head * c_h + index[:, None] * c_k + d[None, :], mask=inside, other=0.0).to(WIDE)
         value = tl.where((index >= 0)[:, None], chosen, float("nan"))
         value = tl.where(kept[:, None], value, 0.0).to(quantized.dtype.element_ty)
@@ -157,7 +164,7 @@ def quantize_rows_kernel(
         for start in range(0, dim, BD):
             d = start + tl.arange(0, BD)
             inside = (index >= 0)[:, None] & (d < dim)[None, :]
-            entry = tl.load(rows[:, None] + d[None, :], mask=inside, other=0.0).to(WIDE)
+            entry = tl.load(rows[:, None] + d[None, :] * x_d, mask=inside, other=0.0).to(WIDE)
             place = (head * num_rows + row)[:, None] * dim + d[None, :]
             direction = tl.load(noise + place, mask=inside, other=0.0).to(WIDE)
             value = entry * first[:, None] * second[:, None] + scale * direction
@@ -170,9 +177,11 @@ def quantize_rows_kernel(
 def vector_quantize(
     x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, precision: str, gradient: str
 ) -> tuple[Tensor, ...]:
-    """``x`` (H, N, D), ``codebook`` (H, K, D), ``mask`` (H, N) bool or None, ``noise`` (H, N, D) or None."""
-    x, codebook, target = unit_inner(x), unit_inner(codebook), tuning.target_of(x.device)
-    (heads, rows, dim), num_codes = x.shape, codebook.shape[1]
+    """``x`` (H, N, D) or (H, B, N / B, D), ``codebook`` (H, K, D), ``mask`` (H, N) bool or None, ``noise`` (H, N, D) or
+    None.
+    """
+    codebook, target = unit_inner(codebook), tuning.target_of(x.device)
+    heads, rows, (num_codes, dim) = x.shape[0], x.shape[1:-1].numel(), codebook.shape[1:]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     outputs = Outputs(
         quantized=x.new_empty((heads, rows, dim)),
@@ -226,7 +235,7 @@ def _fused(
     x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, how: Arithmetic,
     tile: tuning.Tile, out: Outputs,
 ) -> None:  # fmt: skip
-    (heads, rows, dim), num_codes = x.shape, codebook.shape[1]
+    (heads, rows, dim), num_codes, (x, strides) = out.quantized.shape, codebook.shape[1], rows_in_place(x)
     tiles = triton.cdiv(rows, tile.rows)
     # enough programs that none sums more than so many rows in fp32
     programs = max(1, min(tiles, max(persistent_programs(x.device), triton.cdiv(rows, tuning.ROWS_PER_SUM))))
@@ -235,7 +244,7 @@ def _fused(
     part_losses = x.new_empty((heads, programs, 2), dtype=torch.float64)
     vector_quantize_fwd_kernel[(heads * programs,)](
         x, codebook, out.indices if mask is None else mask, out.quantized, out.indices, parts, part_counts, part_losses,
-        x if noise is None else noise, out.codes, rows, num_codes, dim, *x.stride()[:2], *codebook.stride()[:2],
+        x if noise is None else noise, out.codes, rows, num_codes, dim, *strides, *codebook.stride()[:2],
         *((0, 0) if mask is None else mask.stride()), tiles, programs, metric == "l2", metric == "cosine",
         noise is not None, how.centre, how.native, how.dot, fp32_product(tuning.target_of(x.device)),
         mask is not None, tile.rows, tile.codes, tile.dim, **tile.options(),
@@ -246,13 +255,14 @@ def _fused(
 def _quantize_rows(
     x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, out: Outputs
 ) -> Tensor:
-    (heads, rows, dim), tile = x.shape, tuning.elementwise(tuning.target_of(x.device), x.shape[-1])
+    (heads, rows, dim), tile = out.quantized.shape, tuning.elementwise(tuning.target_of(x.device), x.shape[-1])
+    x, strides = rows_in_place(x)
     tiles = triton.cdiv(rows, tile.rows)
     part_losses = x.new_empty((heads, tiles, 2), dtype=torch.float64)
     if heads * tiles:
         quantize_rows_kernel[(heads * tiles,)](
             x, codebook, out.indices if mask is None else mask, out.quantized, out.indices, part_losses,
-            x if noise is None else noise, out.codes, rows, dim, *x.stride()[:2], *codebook.stride()[:2],
+            x if noise is None else noise, out.codes, rows, dim, *strides, *codebook.stride()[:2],
             *((0, 0) if mask is None else mask.stride()), tiles, mask is not None, metric == "cosine",
             noise is not None, tl.float64 if x.dtype == torch.float64 else tl.float32, tile.rows, tile.dim,
             **tile.options(),

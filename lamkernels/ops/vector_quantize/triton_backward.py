@@ -12,7 +12,7 @@ from triton.language import tensor
 from lamkernels import tuning
 from lamkernels.ops.code_statistics.triton import code_statistics
 from lamkernels.ops.constants import ROTATION_EPS
-from lamkernels.ops.triton_common import COSINE_CLAMP, on_device, unit_inner, unit_scales
+from lamkernels.ops.triton_common import COSINE_CLAMP, first_entries, on_device, rows_in_place, unit_scales
 
 ROTATION_CLAMP = tl.constexpr(ROTATION_EPS)
 
@@ -21,8 +21,9 @@ ROTATION_CLAMP = tl.constexpr(ROTATION_EPS)
 def vector_quantize_bwd_kernel(
     x: tensor, quantized: tensor, indices: tensor, residual_sums: tensor, rows_in: tensor, grad_quantized: tensor,
     grad_commitment: tensor, grad_codebook_loss: tensor, grad_x: tensor, grad_codebook: tensor, num_rows: tensor,
-    code_entries: tensor, dim: tensor, x_h: tensor, x_n: tensor, g_h: tensor, g_n: tensor, g_d: tensor,
-    commitment_h: tensor, codebook_h: tensor, tiles: tensor, chunks: tensor, row_programs: tensor, code_tiles: tensor,
+    code_entries: tensor, dim: tensor, x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, g_h: tensor,
+    g_n: tensor, g_d: tensor, commitment_h: tensor, codebook_h: tensor, tiles: tensor, chunks: tensor,
+    row_programs: tensor, code_tiles: tensor,
     GRAD: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """The first ``row_programs`` programs write grad_x, the others grad_codebook."""
@@ -36,9 +37,10 @@ def vector_quantize_bwd_kernel(
         place = (head * num_rows + row)[:, None] * dim + d[None, :]
         index = tl.load(indices + head * num_rows + row, mask=row < num_rows, other=-1)
         used = inside & (index >= 0)[:, None]
-        rows = tl.maximum(tl.load(rows_in + head) * dim, 1).to(tl.float64)
-        scale = tl.load(grad_commitment + head * commitment_h).to(tl.float64) * (2.0 / rows)
-        entry = tl.load(x + head * x_h + row[:, None] * x_n + d[None, :], mask=used, other=0.0).to(wide)
+        count = tl.maximum(tl.load(rows_in + head) * dim, 1).to(tl.float64)
+        scale = tl.load(grad_commitment + head * commitment_h).to(tl.float64) * (2.0 / count)
+        rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
+        entry = tl.load(rows[:, None] + d[None, :] * x_d, mask=used, other=0.0).to(wide)
         residual = entry - tl.load(quantized + place, mask=used, other=0.0).to(wide)
         grad = residual * scale.to(wide)
         if GRAD:
@@ -55,7 +57,8 @@ def vector_quantize_bwd_kernel(
 @triton.jit
 def scale_residual_sums(
     program: tensor, residual_sums: tensor, rows_in: tensor, grad_codebook_loss: tensor, grad_codebook: tensor,
-    code_entries: tensor, dim: tensor, codebook_h: tensor, code_tiles: tensor, B: tl.constexpr,
+    code_entries: tensor, dim: tensor, codebook_h: tensor, code_tiles: tensor,
+    B: tl.constexpr,
 ) -> None:  # fmt: skip
     """The codebook gradient −2 R / (n·D), ``B`` entries a program."""
     head = (program // code_tiles).to(tl.int64)
@@ -71,9 +74,9 @@ def scale_residual_sums(
 def by_row_bwd_kernel(
     x: tensor, codes: tensor, indices: tensor, residual_sums: tensor, rows_in: tensor, grad_quantized: tensor,
     grad_commitment: tensor, grad_codebook_loss: tensor, grad_x: tensor, grad_codebook: tensor, num_rows: tensor,
-    code_entries: tensor, dim: tensor, x_h: tensor, x_n: tensor, g_h: tensor, g_n: tensor, g_d: tensor,
-    commitment_h: tensor, codebook_h: tensor, tiles: tensor, chunks: tensor, row_programs: tensor, code_tiles: tensor,
-    noise: tensor, pull: tensor,
+    code_entries: tensor, dim: tensor, x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, g_h: tensor,
+    g_n: tensor, g_d: tensor, commitment_h: tensor, codebook_h: tensor, tiles: tensor, chunks: tensor,
+    row_programs: tensor, code_tiles: tensor, noise: tensor, pull: tensor,
     ROTATION: tl.constexpr, NOISE: tl.constexpr, COSINE: tl.constexpr, GRAD: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -87,7 +90,7 @@ def by_row_bwd_kernel(
         head = (program // tiles).to(tl.int64)
         row = (program % tiles).to(tl.int64) * BN + tl.arange(0, BN)
         index = tl.load(indices + head * num_rows + row, mask=row < num_rows, other=-1)
-        rows = x + head * x_h + row * x_n
+        rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
         place = (head * num_rows + row) * dim
         source = grad_quantized + head * g_h + row * g_n
         count = tl.maximum(tl.load(rows_in + head) * dim, 1).to(tl.float64)
@@ -95,14 +98,14 @@ def by_row_bwd_kernel(
         first = tl.full([BN], 1.0, wide)
         second = first
         if COSINE:
-            first, second = unit_scales(rows, index >= 0, dim, wide, BN, BD)
+            first, second = unit_scales(rows, x_d, index >= 0, dim, wide, BN, BD)
         zero = tl.zeros([BN], tl.float64)
         x_x, q_q, r_r, v_v, g_v, b_b, g_b, g_q, along = zero, zero, zero, zero, zero, zero, zero, zero, zero
         if ROTATION or NOISE:
             for start in range(0, dim, BD):
                 d = start + tl.arange(0, BD)
                 inside = (index >= 0)[:, None] & (d < dim)[None, :]  # [BN, BD]
-                entry = tl.load(rows[:, None] + d[None, :], mask=inside, other=0.0).to(wide)
+                entry = tl.load(rows[:, None] + d[None, :] * x_d, mask=inside, other=0.0).to(wide)
                 entry = (entry * first[:, None] * second[:, None]).to(tl.float64)
                 code = tl.load(codes + place[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float64)
                 x_x += tl.sum(entry * entry, axis=1)
@@ -129,7 +132,7 @@ def by_row_bwd_kernel(
             for start in range(0, dim, BD):
                 d = start + tl.arange(0, BD)
                 inside = (index >= 0)[:, None] & (d < dim)[None, :]
-                entry = tl.load(rows[:, None] + d[None, :], mask=inside, other=0.0).to(wide)
+                entry = tl.load(rows[:, None] + d[None, :] * x_d, mask=inside, other=0.0).to(wide)
                 unit = (entry * first[:, None] * second[:, None]).to(tl.float64) * to_unit[:, None]
                 target = tl.load(codes + place[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float64)
                 target = target * to_target[:, None]
@@ -146,7 +149,7 @@ def by_row_bwd_kernel(
             for start in range(0, dim, BD):
                 d = start + tl.arange(0, BD)
                 inside = (index >= 0)[:, None] & (d < dim)[None, :]
-                entry = tl.load(rows[:, None] + d[None, :], mask=inside, other=0.0).to(wide)
+                entry = tl.load(rows[:, None] + d[None, :] * x_d, mask=inside, other=0.0).to(wide)
                 entry = (entry * first[:, None] * second[:, None]).to(tl.float64)
                 code = tl.load(codes + place[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float64)
                 h = by_x[:, None] * entry + by_q[:, None] * code
@@ -159,7 +162,7 @@ def by_row_bwd_kernel(
             d = start + tl.arange(0, BD)
             present = (row < num_rows)[:, None] & (d < dim)[None, :]
             inside = present & (index >= 0)[:, None]
-            entry = tl.load(rows[:, None] + d[None, :], mask=inside, other=0.0).to(wide)
+            entry = tl.load(rows[:, None] + d[None, :] * x_d, mask=inside, other=0.0).to(wide)
             entry = (entry * first[:, None] * second[:, None]).to(tl.float64)
             code = tl.load(codes + place[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float64)
             h = (by_x - along)[:, None] * entry + by_q[:, None] * code
@@ -182,15 +185,15 @@ def vector_quantize_backward(
     x: Tensor, codes: Tensor, indices: Tensor, residual_sums: Tensor, num_rows: Tensor, noise: Tensor | None,
     grad_quantized: Tensor | None, grad_commitment: Tensor, grad_codebook_loss: Tensor, metric: str, gradient: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """grad_x (H, N, D) in the dtype of x and grad_codebook (H, K, D) in that of ``residual_sums``, in one launch.
+    """grad_x as x, contiguous, and grad_codebook (H, K, D) in that of ``residual_sums``, in one launch.
 
     Noise takes the launches of code_statistics on top, for what it sends to the codes.
     """
-    x, (heads, rows, dim), num_codes = unit_inner(x), x.shape, residual_sums.shape[1]
+    (heads, rows, dim), num_codes, (x, strides) = codes.shape, residual_sums.shape[1], rows_in_place(x)
     grad_x, grad_codebook = x.new_empty(x.shape), residual_sums.new_empty(residual_sums.shape)
     rotation = gradient == "rotation" and grad_quantized is not None
     noise = None if noise is None or grad_quantized is None else noise.contiguous()
-    pull = None if noise is None else residual_sums.new_empty(x.shape)
+    pull = None if noise is None else residual_sums.new_empty(codes.shape)
     by_row = rotation or noise is not None or metric == "cosine"
     tile = (tuning.by_row if by_row else tuning.elementwise)(tuning.target_of(x.device), dim)
     tiles, chunks = triton.cdiv(rows, tile.rows), 1 if by_row else triton.cdiv(dim, tile.dim)
@@ -199,7 +202,7 @@ def vector_quantize_backward(
     arguments = (
         x, codes.contiguous(), indices.contiguous(), residual_sums.contiguous(), num_rows.contiguous(),
         x if grad_quantized is None else grad_quantized, grad_commitment, grad_codebook_loss, grad_x, grad_codebook,
-        rows, num_codes * dim, dim, *x.stride()[:2],
+        rows, num_codes * dim, dim, *strides,
         *((0, 0, 0) if grad_quantized is None else grad_quantized.stride()),
         grad_commitment.stride(0), grad_codebook_loss.stride(0), tiles, chunks, row_programs, code_tiles,
     )  # fmt: skip
