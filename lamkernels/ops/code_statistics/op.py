@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamkernels.ops.registration import NAMESPACE, register
+from lamkernels.ops.registration import register, register_gradient
 
 
 def _fake(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -41,4 +41,4 @@ def _backward(ctx: Any, _counts: None, grad_sums: Tensor) -> tuple[Tensor, None,
     return grad.to(x.dtype).view(x.shape), None, None, None
 
 
-torch.library.register_autograd(f"{NAMESPACE}::code_statistics", _backward, setup_context=_setup_context)
+register_gradient("code_statistics", _backward, _setup_context)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamkernels.ops.registration import NAMESPACE, register, register_backward
+from lamkernels.ops.registration import register, register_backward, register_gradient
 
 
 def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -46,4 +46,4 @@ def _backward(ctx: Any, grad_entropy: Tensor, _probabilities: None) -> tuple[Ten
     return grad_x, None, None, None
 
 
-torch.library.register_autograd(f"{NAMESPACE}::codebook_entropy", _backward, setup_context=_setup_context)
+register_gradient("codebook_entropy", _backward, _setup_context)

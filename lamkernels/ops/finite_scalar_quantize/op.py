@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamkernels.ops.registration import NAMESPACE, register, register_backward
+from lamkernels.ops.registration import register, register_backward, register_gradient
 
 # x (H, N, D), D levels -> quantized (H, N, D) in x.dtype, indices (H, N) int64
 finite_scalar_quantize = register(
@@ -38,4 +38,4 @@ def _backward(ctx: Any, grad_quantized: Tensor, _indices: None) -> tuple[Tensor 
     return grad_x, None, None, None
 
 
-torch.library.register_autograd(f"{NAMESPACE}::finite_scalar_quantize", _backward, setup_context=_setup_context)
+register_gradient("finite_scalar_quantize", _backward, _setup_context)

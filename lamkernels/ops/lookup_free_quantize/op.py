@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamkernels.ops.registration import NAMESPACE, register, register_backward
+from lamkernels.ops.registration import register, register_backward, register_gradient
 
 
 def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -61,4 +61,4 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, None, None
 
 
-torch.library.register_autograd(f"{NAMESPACE}::lookup_free_quantize", _backward, setup_context=_setup_context)
+register_gradient("lookup_free_quantize", _backward, _setup_context)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamkernels.ops.registration import NAMESPACE, register, register_backward
+from lamkernels.ops.registration import register, register_backward, register_gradient
 
 
 def _fake_forward(
@@ -88,4 +88,4 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad_x, grad_codebook.to(ctx.codebook_dtype), None, None, None, None, None, None
 
 
-torch.library.register_autograd(f"{NAMESPACE}::vector_quantize", _backward, setup_context=_setup_context)
+register_gradient("vector_quantize", _backward, _setup_context)
