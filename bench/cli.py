@@ -6,13 +6,13 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from . import first_call, hard_data, report
+from . import first_call, hard_data, one_pass, report
 from .providers import PROVIDERS
 from .runner import Settings, run
 from .workloads import DTYPES, OPS, SUITES, select
@@ -94,6 +94,7 @@ def _parser() -> _Parser:
     add("--out", type=Path, metavar="DIR", help="write bench.json, bench.csv and bench.png there")
     add("--hard-data", action="store_true", help="instead: which codes each provider gives on data made to mislead it")
     add("--first-call", action="store_true", help="instead: what the first calls on the CPU cost")
+    add("--one-pass", action="store_true", help="instead: what the forward costs beyond the lookup on the CPU")
     add("--list", action="store_true", help="list the workloads and providers, and run nothing")
     return parser
 
@@ -122,6 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _hard_data(args.providers, argv, paths["json"])
     if args.first_call:
         return _first_call(argv, paths["json"])
+    if args.one_pass:
+        shapes = dict.fromkeys((w.N, w.K, w.D) for w in workloads)
+        return _one_pass(shapes, 0.2 if args.quick else args.seconds or 1.0, argv, paths["json"])
     settings = Settings(
         device=device,
         threads=args.threads,
@@ -172,6 +176,16 @@ def _first_call(argv: Sequence[str], path: Path | None) -> int:
     for name, compiled in seconds["compiled"].items():
         print(f"{name:40}{compiled:10.2f}{seconds['cached'][name]:10.2f}")
     _write(path, argv, {"seconds": seconds})
+    return 0
+
+
+def _one_pass(shapes: Iterable[tuple[int, int, int]], seconds: float, argv: Sequence[str], path: Path | None) -> int:
+    found = [one_pass.one_pass(shape, seconds) for shape in shapes]
+    print(f"{'ms at (N, K, D)':22}{'lookup':>9}{'forward':>9}{'copy':>9}{'allowed':>9}")
+    for row in found:
+        print(f"{row.shape!s:22}{row.lookup:9.3f}{row.forward:9.3f}{row.copy:9.3f}{row.allowed:9.3f}")
+    print("allowed: 1.1 × the lookup from 1024 codes on, else the lookup and 1.2 × the copy of the rows")
+    _write(path, argv, {"milliseconds": [row._asdict() | {"allowed": row.allowed} for row in found]})
     return 0
 
 

@@ -239,3 +239,12 @@ def test_the_first_call_is_timed(tmp_path, capsys, monkeypatch):
     seconds = json.loads((tmp_path / "first.json").read_text())["seconds"]
     assert all(value > 0 for times in seconds.values() for value in times.values())
     assert "nearest_code" in capsys.readouterr().out
+
+
+def test_the_one_pass_forward_is_compared_with_the_lookup(tmp_path, capsys):
+    argv = ["--one-pass", "--shape", "2000,8,4", "--shape", "500,1024,4", "--quick", "--json", str(tmp_path / "f.json")]
+    assert cli.main(argv) == 0
+    small, large = json.loads((tmp_path / "f.json").read_text())["milliseconds"]
+    assert small["allowed"] == pytest.approx(small["lookup"] + 1.2 * small["copy"])
+    assert large["allowed"] == pytest.approx(1.1 * large["lookup"])
+    assert "(2000, 8, 4)" in capsys.readouterr().out
