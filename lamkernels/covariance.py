@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lamkernels.accumulate import Columns, RowBuffer, Totals, empty_totals, merge_, pack, unpack
 from lamkernels.backend import resolve
-from lamkernels.moments import moments
+from lamkernels.moments import PRECISIONS, MomentsPrecision, moments
 from lamkernels.row_schema import RowSchema, check_equal, check_extras, layout
-from lamkernels.validation import BACKENDS, PRECISIONS, Backend, Precision, check_number, check_option
+from lamkernels.validation import BACKENDS, Backend, check_number, check_option
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,7 +46,7 @@ class Covariance:
             of tensors and are joined in this order. With a lag h, ``"o_next"`` names block "o" of the later row.
         dim_y: E, the entries of a second row that comes with each row of x; not with named blocks or a lag.
         lag: h ≥ 1, the distance of the rows of a pair, in rows.
-        precision: "default", "exact" or "fast": of the products within a block.
+        precision: "default", or "exact" for fp64 products within a block (:func:`lamkernels.moments.moments`).
         device: of the state; None means that of the first rows. With several processes on GPUs, name it: a process
             may get no rows.
         backend: "auto", "reference", "numba", "triton" or "cuda". An explicit one never falls back.
@@ -68,7 +68,7 @@ class Covariance:
         dim_y: int | None = None,
         *,
         lag: int | None = None,
-        precision: Precision = "default",
+        precision: MomentsPrecision = "default",
         device: torch.device | str | None = None,
         backend: Backend = "auto",
     ) -> None:
