@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -201,19 +201,19 @@ class Covariance:
         return float(self._results()["weight"])
 
     @property
-    def mean(self) -> Tensor:
-        """(D,) fp64: the weighted mean of the rows; with a lag, of the earlier rows of the pairs."""
-        return self._mean("x")
+    def mean(self) -> Any:
+        """(D,) fp64: the weighted mean of the rows; with a lag, of the earlier rows of the pairs.
+
+        With named blocks a dict of (d,) tensors by name; with a lag it has those of the later rows as well, "o_next".
+        """
+        if not self._schema.named:
+            return self._mean("x")
+        return {name: self._mean(side)[part] for name, (side, part) in self._schema.places.items()}
 
     @property
     def mean_y(self) -> Tensor:
         """(E,) fp64: the weighted mean of the rows of y; with a lag (D,), of the later rows of the pairs."""
         return self._mean("y")
-
-    def mean_of(self, name: str) -> Tensor:
-        """(d,) fp64: the mean of one named block; with a lag h, ``"o_next"`` is block "o" of the later rows."""
-        side, part = self._schema.place("name", name)
-        return self._mean(side)[part]
 
     def covariance(self, first: str | None = None, second: str | None = None, *, ddof: float = 1) -> Tensor:
         """The covariance of x, or of two named blocks.

@@ -32,7 +32,7 @@ def results(cov):
     """Everything that can be read of it, fp64."""
     read = {"count": torch.tensor(cov.count), "weight": torch.tensor(cov.weight, dtype=torch.float64)}
     if cov.count:
-        read |= {"mean": cov.mean, "xx": cov.covariance(ddof=0)}
+        read |= {"mean": cov._mean("x"), "xx": cov.covariance(ddof=0)}
         if cov._schema.second_dim is not None:
             read |= {"mean_y": cov.mean_y, "xy": cov.cross_covariance(ddof=0), "yy": cov.covariance_y(ddof=0)}
     return read
@@ -202,7 +202,8 @@ def test_named_blocks():
     torch.testing.assert_close(cov.covariance(), expected, rtol=1e-6, atol=1e-9)
     assert torch.equal(cov.covariance("a", "o"), cov.covariance()[3:5, :3])
     assert torch.equal(cov.covariance("a"), cov.covariance()[3:5, 3:5])
-    assert torch.equal(cov.mean_of("weights"), cov.mean[5:])
+    assert cov.mean.keys() == {"o", "a", "weights"}
+    torch.testing.assert_close(torch.cat([cov.mean[name] for name in ("o", "a", "weights")]), joint.mean(0))
 
 
 def test_named_blocks_of_the_later_row():
@@ -213,7 +214,8 @@ def test_named_blocks_of_the_later_row():
     assert torch.equal(cov.covariance("o_next", "a", ddof=0), cov.cross_covariance(ddof=0)[3:, :3].T)
     assert torch.equal(cov.covariance("o", "a_next", ddof=0), cov.cross_covariance(ddof=0)[:3, 3:])
     assert torch.equal(cov.covariance("a_next", ddof=0), cov.covariance_y(ddof=0)[3:, 3:])
-    assert torch.equal(cov.mean_of("a_next"), cov.mean_y[3:])
+    assert cov.mean.keys() == {"o", "a", "o_next", "a_next"}
+    assert torch.equal(cov.mean["a_next"], cov.mean_y[3:])
 
 
 def test_weights_of_one_change_no_bit():
