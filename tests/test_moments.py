@@ -54,7 +54,8 @@ def assert_close(got: Moments, want: Moments, tolerance: float, scale: Tensor | 
 
 @st.composite
 def problems(draw):
-    rows, dim, other = draw(st.integers(0, 300)), draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    rows = draw(st.integers(0, 100) | st.integers(256, 900))
+    dim, other = (draw(st.integers(1, 40) | st.just(140)) for _ in range(2))
     kind = draw(st.sampled_from(["plain", "pairs", "lag"]))
     weighting = draw(st.sampled_from(["none", "mask", "weights"]))
     seed, offset = draw(st.integers(0, 99)), draw(st.sampled_from([0.0, 10.0, -1000.0]))
@@ -128,11 +129,12 @@ def hard_data() -> dict[str, Tensor]:
 def test_hard_data(backend, name):
     x = hard_data()[name]
     mask = torch.arange(len(x)) != 7
-    assert_close(moments(x, backend=backend), by_definition(x), 1e-7)
+    # beside one huge product, the small ones of its chunk are rounded alike: n·2⁻²⁴ for n rows bounds any data
+    assert_close(moments(x, backend=backend), by_definition(x), 2.0**-18 if "outlier" in name else 1e-7)
+    assert_close(moments(x, precision="exact", backend=backend), by_definition(x), 1e-12)
     assert_close(moments(x, weights=mask, backend=backend), by_definition(x, weights=mask), 1e-7)
     if len(x) > 20:  # the outlier is the first row of a pair and the second of none
-        lagged = moments(x, lag=8, backend=backend)
-        assert_close(lagged, by_definition(x, lag=8), 1e-7)
+        assert_close(moments(x, lag=8, backend=backend), by_definition(x, lag=8), 1e-7)
 
 
 def test_rows_that_are_out_are_in_nothing(backend):
