@@ -1,0 +1,330 @@
+"""Frames and features from files, as batches of rows in bounded memory: arrays, Parquet, videos, Atari games."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lamkernels.lam.data import DataConfig, load_frames
+from lamkernels.validation import check_integer
+
+log = logging.getLogger(__name__)
+
+# what a file's arrays or columns may be called, in the order in which they are looked for
+NAMES = {
+    "rows": ("rows", "frames", "features", "observation.state"),
+    "actions": ("actions", "action"),
+    "starts": ("starts",),
+    "episodes": ("episodes", "episode_index"),
+}
+VIDEOS = (".avi", ".mkv", ".mov", ".mp4", ".webm")
+ARRAYS = (".npy", ".npz", ".safetensors")
+KINDS = (*ARRAYS, ".parquet", *VIDEOS)
+BATCH_ENTRIES = 2**22  # 16 MiB of float32
+
+Part = dict[str, Tensor]  # "rows" and perhaps "actions", "starts", "episodes": equally many consecutive rows of a file
+
+
+class Batch(NamedTuple):
+    """Rows that follow those of the batch before.
+
+    Attributes:
+        rows: (N, D) float32: one frame or feature vector each, flattened; uint8 is scaled to [0, 1].
+        starts: (N,) bool: the first row of an episode. The first row of a file is one.
+        actions: (N,) or (N, A), in the dtype of the file: what led from a row to the next; None where there are none.
+        source: the file or the game.
+    """
+
+    rows: Tensor
+    starts: Tensor
+    actions: Tensor | None
+    source: str
+
+
+class Skipped(NamedTuple):
+    """A file that was not read to its end, and why."""
+
+    source: str
+    reason: str
+
+
+class Source:
+    """Batches of rows from files, folders and Atari games, one after another; it can be iterated over again.
+
+    A file holds "rows", "frames", "features" or "observation.state", (T, ...), or a single array of any name. It may
+    hold "actions" or "action" (T, ...), and its episodes as "starts" (T,) bool or as "episodes" or "episode_index"
+    (T,) numbers; without them it is one episode. The Parquet files of LeRobot are read as they are.
+
+    A file that cannot be read, or whose rows have another length than those before, is reported in ``skipped`` and in
+    the log, and the next one is taken. Rows that came out of it before it broke remain, and are an episode's beginning.
+
+    Args:
+        paths: files (.npy, .npz, .safetensors, .parquet, .avi, .mkv, .mov, .mp4, .webm), folders, of which the files of
+            these kinds are taken in the order of their names, and games ("atari:breakout"; :func:`load_frames`).
+        side: height and width to which the frames of videos and games are resized, pixels.
+        rows: the name of the array or column of rows; None looks for the names above.
+        actions: the same of the actions.
+        batch_entries: the most entries of a batch of more than one row.
+
+    Attributes:
+        skipped: a :class:`Skipped` for each file that the last iteration did not read to its end.
+
+    Raises:
+        TypeError: side or batch_entries is not an int.
+        ValueError: it is below 1, a file is of another kind, a folder has no file of these kinds, or a game is unknown.
+        FileNotFoundError: there is no such file or folder.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        *,
+        side: int = 64,
+        rows: str | None = None,
+        actions: str | None = None,
+        batch_entries: int = BATCH_ENTRIES,
+    ) -> None:
+        check_integer("side", side)
+        check_integer("batch_entries", batch_entries)
+        self._side, self._batch_entries = side, batch_entries
+        own = {"rows": rows, "actions": actions}
+        self._names = {kind: NAMES[kind] if own.get(kind) is None else (str(own[kind]),) for kind in NAMES}
+        self._single = rows is None  # then a single array is taken whatever its name
+        given = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        self._sources = [source for path in given for source in _expanded(str(path))]
+        self._games = {
+            name: DataConfig(game=name[6:], size=side) for name in self._sources if name.startswith("atari:")
+        }
+        self.skipped: list[Skipped] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches of every file.
+
+        Raises:
+            ModuleNotFoundError: a kind of file needs a package that is not installed.
+        """
+        self.skipped, width = [], None
+        for source in self._sources:
+            episode = None
+            try:
+                for part in self._parts(source):
+                    rows = _as_rows(part["rows"])
+                    width = width or rows.shape[1]
+                    if rows.shape[1] != width:
+                        raise ValueError(f"its rows have {rows.shape[1]} entries, those before have {width}")
+                    starts, episode = _starts(part, episode)
+                    yield Batch(rows, starts, part.get("actions"), source)
+            except (ModuleNotFoundError, MemoryError):
+                raise
+            except Exception as error:  # what a damaged file raises is up to the library that reads it
+                self.skipped.append(Skipped(source, f"{type(error).__name__}: {error}"))
+                log.warning("skipped %s: %s", source, self.skipped[-1].reason)
+
+    def _parts(self, source: str) -> Iterator[Part]:
+        path = Path(source)
+        if source in self._games:
+            data = load_frames(self._games[source])
+            arrays = {"rows": data.frames, "actions": data.actions, "starts": data.starts}
+            return self._slices({name: Array(tensor.shape, _slicer(tensor)) for name, tensor in arrays.items()})
+        if path.suffix in VIDEOS:
+            return _video(path, self._side, self._batch_entries)
+        if path.suffix == ".parquet":
+            return _parquet(path, self._chosen, self._batch_entries)
+        return self._array_file(path)
+
+    def _chosen(self, names: Iterable[str], *, single: bool = False) -> dict[str, str]:
+        """The names in a file that stand for rows, actions, starts and episodes."""
+        there = list(names)
+        chosen = {
+            kind: next(name for name in wanted if name in there)
+            for kind, wanted in self._names.items()
+            if set(wanted) & set(there)
+        }
+        if single and self._single and len(there) == 1:
+            chosen = {"rows": there[0]}
+        if "rows" not in chosen:
+            raise ValueError(f"it holds {', '.join(there) or 'nothing'}, but not {' or '.join(self._names['rows'])}")
+        return chosen
+
+    def _array_file(self, path: Path) -> Iterator[Part]:
+        with ExitStack() as stack:
+            arrays = {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors}[path.suffix](path, stack)
+            chosen = self._chosen(arrays, single=True)
+            yield from self._slices({kind: arrays[name]() for kind, name in chosen.items()})
+
+    def _slices(self, arrays: Mapping[str, Array]) -> Iterator[Part]:
+        shape = arrays["rows"].shape
+        for kind, array in arrays.items():
+            if not array.shape or array.shape[0] != shape[0]:
+                raise ValueError(f"its {kind} have shape {array.shape} and its rows {shape}")
+        step = max(1, self._batch_entries // max(1, math.prod(shape[1:])))
+        for start in range(0, shape[0], step):
+            yield {kind: array.read(start, min(start + step, shape[0])) for kind, array in arrays.items()}
+
+
+class Array(NamedTuple):
+    """An array in a file: its shape, and ``read(start, stop)``, called for one range of rows after another."""
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Tensor]
+
+
+def _expanded(path: str) -> list[str]:
+    """The files of a folder, or the file or game itself."""
+    if path.startswith("atari:"):
+        return [path]
+    if Path(path).is_dir():
+        files = sorted(str(file) for file in Path(path).iterdir() if file.suffix in KINDS)
+        if not files:
+            raise ValueError(f"the folder {path} has no file of the kinds {', '.join(KINDS)}")
+        return files
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no file or folder {path}")
+    if Path(path).suffix not in KINDS:
+        raise ValueError(f"the file {path} is of no known kind; these are {', '.join(KINDS)}")
+    return [path]
+
+
+def _as_rows(values: Tensor) -> Tensor:
+    """(N, ...) -> (N, D) float32; uint8, the type of pixels, from [0, 255] to [0, 1]."""
+    if values.is_complex() or not values.numel():
+        raise ValueError(f"its rows are {values.dtype} of shape {tuple(values.shape[1:])}")
+    rows = values.reshape(len(values), -1).float()
+    return rows / 255 if values.dtype == torch.uint8 else rows
+
+
+def _starts(part: Part, episode: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The starts of a part, and the episode of its last row; ``episode`` is that of the row before, if there is one."""
+    count = len(part["rows"])
+    starts = torch.zeros(count, dtype=torch.bool)
+    if "episodes" in part:
+        numbers = part["episodes"].reshape(count)
+        starts[1:] = numbers[1:] != numbers[:-1]
+        starts[0] = episode is None or bool(numbers[0] != episode)
+        episode = numbers[-1]
+    else:
+        starts[0] = episode is None
+        episode = torch.zeros(())
+    if "starts" in part:
+        starts |= part["starts"].reshape(count).bool()
+    return starts, episode
+
+
+def _slicer(values: Any) -> Callable[[int, int], Tensor]:
+    """Reads a range of rows of a tensor, of an array (as a copy, in the byte order of this machine), or of a slice."""
+
+    def read(start: int, stop: int) -> Tensor:
+        part = values[start:stop]
+        return part if isinstance(part, Tensor) else torch.from_numpy(part.astype(part.dtype.newbyteorder("=")))
+
+    return read
+
+
+Arrays = Mapping[str, Callable[[], Array]]  # the arrays of a file, looked at when they are needed
+
+
+def _open_npy(path: Path, stack: ExitStack) -> Arrays:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return {"rows": lambda: Array(array.shape, _slicer(array))}
+
+
+def _open_npz(path: Path, stack: ExitStack) -> Arrays:
+    """Reads while it unpacks: ``np.load`` would unpack a whole array into memory."""
+    archive = stack.enter_context(zipfile.ZipFile(path))
+
+    def array(name: str) -> Array:
+        return _npz_member(stack.enter_context(archive.open(name)))
+
+    return {name.removesuffix(".npy"): partial(array, name) for name in archive.namelist()}
+
+
+def _npz_member(file: IO[bytes]) -> Array:
+    version = np.lib.format.read_magic(file)
+    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, fortran, dtype = header(file)
+    if dtype.hasobject or (fortran and len(shape) > 1):
+        raise ValueError("it holds Python objects" if dtype.hasobject else "its arrays are stored column by column")
+
+    def read(start: int, stop: int) -> Tensor:
+        wanted = (stop - start) * math.prod(shape[1:]) * dtype.itemsize
+        content = file.read(wanted)
+        if len(content) < wanted:
+            raise ValueError("it ends in the middle of an array")
+        values = np.frombuffer(content, dtype).reshape(stop - start, *shape[1:])
+        return torch.from_numpy(values.astype(dtype.newbyteorder("=")))
+
+    return Array(shape, read)
+
+
+def _open_safetensors(path: Path, stack: ExitStack) -> Arrays:
+    from safetensors import safe_open
+
+    file = stack.enter_context(safe_open(path, framework="pt"))
+
+    def array(name: str) -> Array:
+        values = file.get_slice(name)
+        return Array(tuple(values.get_shape()), _slicer(values))
+
+    return {name: partial(array, name) for name in file.keys()}  # noqa: SIM118
+
+
+def _package(module: str, package: str, path: Path) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{path} needs {package}: pip install {package}") from error
+
+
+def _parquet(path: Path, choose: Callable[[Iterable[str]], dict[str, str]], entries: int) -> Iterator[Part]:
+    """Columns of numbers, or of lists of numbers."""
+    parquet = _package("pyarrow.parquet", "pyarrow", path)
+    with parquet.ParquetFile(path) as file:
+        chosen = choose(file.schema_arrow.names)
+        # only the data know the length of a list: the first row says how many rows make a batch
+        first = next(file.iter_batches(1, columns=[chosen["rows"]]), None)
+        width = 1 if first is None else _column(first.column(0)).numel()
+        for batch in file.iter_batches(max(1, entries // max(1, width)), columns=list(chosen.values())):
+            yield {kind: _column(batch.column(name)) for kind, name in chosen.items()}
+
+
+def _column(values: Any) -> Tensor:
+    """An Arrow array of numbers (N,), or of lists of them, as long as each other, (N, ...)."""
+    compute = importlib.import_module("pyarrow.compute")
+    shape = [len(values)]
+    while "list" in str(values.type):
+        lengths = compute.unique(compute.list_value_length(values)).to_pylist()
+        if len(lengths) != 1 or values.null_count:
+            raise ValueError(f"a column has lists of the lengths {lengths[:5]}; they must be equal")
+        shape.append(lengths[0])
+        values = values.flatten()
+    if values.null_count:
+        raise ValueError("a column has empty entries")
+    return torch.from_numpy(np.array(values.to_numpy(zero_copy_only=False))).reshape(shape)
+
+
+def _video(path: Path, side: int, entries: int) -> Iterator[Part]:
+    """Every frame of the first video stream, RGB, (N, side, side, 3) uint8."""
+    av = _package("av", "av", path)
+    frames: list[Tensor] = []
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError("it has no video stream")
+        for frame in container.decode(video=0):
+            pixels = frame.to_ndarray(width=side, height=side, format="rgb24", interpolation="AREA")
+            frames.append(torch.from_numpy(pixels))
+            if (len(frames) + 1) * pixels.size > entries:
+                yield {"rows": torch.stack(frames)}
+                frames.clear()
+    if frames:
+        yield {"rows": torch.stack(frames)}

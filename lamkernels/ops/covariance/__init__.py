@@ -1,0 +1,1 @@
+"""Weighted means and centred scatter matrices of rows, of pairs of rows, and of rows a lag apart."""
