@@ -32,7 +32,7 @@ def partial_r2(
     target: str,
     *,
     z: str = "z",
-    given: str | Sequence[str] = "o",
+    given: str = "o",
     rtol: float = RTOL,
 ) -> float:
     """Share of the target's variance, after its regression on ``given``, that z explains linearly.
@@ -43,13 +43,13 @@ def partial_r2(
         moments: of the blocks named below.
         target: what z is asked for: "eps" for exogenous leakage, "a" for action recovery.
         z: the latent action.
-        given: one block, or several: ("o", "a") leaves the leakage beyond what the action says about ε.
+        given: what the forward model sees.
         rtol: variances below this share of the unconditional ones count as zero.
 
     Returns:
         From 0 to 1; 0 where the target has no variance of its own given o.
     """
-    partial = conditioned(moments, given, rtol)
+    partial = ConditionalMoments(moments, given, rtol)
     covariance = partial.covariance(target, target)
     total = float(covariance.trace())
     if total <= rtol * float(partial.unconditional(target).trace()):
@@ -88,7 +88,7 @@ def probe_r2(
         test: moments of other rows.
         target: as in :func:`partial_r2`.
         z: as in :func:`partial_r2`.
-        given: one block.
+        given: as in :func:`partial_r2`.
         l2: penalty on the squared weights, of whitened z, per row.
         rtol: as in :func:`partial_r2`.
 

@@ -9,7 +9,7 @@ from lamkernels.lam.blocks import DerivedMoments, JointMoments, regression, sign
 from lamkernels.validation import check_number
 
 
-def multi_step_projection(moments: JointMoments, *, rtol: float = 1e-2) -> Tensor:
+def multi_step_projection(moments: JointMoments, *, rtol: float = 0.1) -> Tensor:
     """P (r, d): the rows that a linear multi-step inverse model reads the action from.
 
     a_t is regressed on (o_t, o_{t+h}). Given the two endogenous states, the exogenous ones say nothing about the
