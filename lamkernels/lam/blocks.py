@@ -74,22 +74,25 @@ class DerivedMoments:
 
     Args:
         base: the moments to start from.
-        derived: by new name, a matrix (d_new, d_block) for each block of ``base`` that is summed into it.
+        derived: by new name, a matrix (d_new, d_block) for each block of ``base`` that is summed into it; None is the
+            identity.
     """
 
-    def __init__(self, base: JointMoments, derived: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def __init__(self, base: JointMoments, derived: Mapping[str, Mapping[str, Tensor | None]]) -> None:
         self.base, self.derived = base, derived
 
     @property
     def mean(self) -> Mapping[str, Tensor]:
         """By block name: (d,)."""
         known = self.base.mean
-        new = {name: _sum(matrix @ known[b] for b, matrix in parts.items()) for name, parts in self.derived.items()}
+        new = {
+            name: _sum(_apply(matrix, known[b]) for b, matrix in parts.items()) for name, parts in self.derived.items()
+        }
         return {**known, **new}
 
     def covariance(self, first: str, second: str) -> Tensor:
         """Cov(first, second), (d_first, d_second)."""
-        left, right = self.derived.get(first, {first: None}), self.derived.get(second, {second: None})
+        left, right = (self.derived.get(name, {name: None}) for name in (first, second))
         return _sum(
             _apply(a, _apply(b, self.base.covariance(x, y).mT).mT) for x, a in left.items() for y, b in right.items()
         )

@@ -33,7 +33,7 @@ def noise(rows: Rows) -> bytes:
     figure, ((left, right),) = new_figure(1, 2, (10.5, 4.2), width_ratios=(1.9, 1))
     for measure, style in CURVES.items():
         _series(left, rows, "ratio", measure, style)
-    _threshold(left, 1.0, r"theorem: $\lambda_1(\Sigma_\varepsilon) = \lambda_k(\Sigma_q)$")
+    _threshold(left, 1.0, "theorem")
     left.set(title="What the latent action says", xlabel=RATIO, ylabel=SHARE, xscale="log", ylim=UNIT)
     trained = [row for row in rows if row["fit"] == "sgd"]
     excess = [row["loss"] / row["optimal_loss"] - 1 for row in trained]
@@ -135,18 +135,18 @@ def _series(axis: Any, rows: Rows, x: str, y: str, style: tuple[str, str, str, s
     colour, line, marker, name = style
     for fit in dict.fromkeys(row["fit"] for row in rows):
         points = [(row[x], row[y]) for row in rows if row["fit"] == fit]
-        drawn: dict[str, Any] = {
+        styles: dict[str, dict[str, Any]] = {
             "population": {"linestyle": line, "linewidth": 1.8, "label": f"{name}, population"},
             "sample": {"linestyle": "none", "marker": marker, "markerfacecolor": "none", "label": f"{name}, sample"},
             "sgd": {"linestyle": "none", "marker": "x", "markersize": 8, "label": f"{name}, SGD"},
-        }[fit]
-        axis.plot(*zip(*points, strict=True), color=colour, **drawn)
+        }
+        axis.plot(*zip(*points, strict=True), color=colour, **styles[fit])
 
 
 def _threshold(axis: Any, place: float, name: str) -> None:
     axis.axvline(place, color=INK, linewidth=1, linestyle=":")
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.9}
-    options = {"rotation": 90, "va": "center", "fontsize": 9, "bbox": box}
+    options = {"rotation": 90, "va": "center", "fontsize": 9, "bbox": box, "zorder": 1.5}
     axis.annotate(name, (place, 0.5), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points", **options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -148,8 +149,8 @@ class LinearLAM(nn.Module):
                 those of the other tensor arguments. Then no other tensor is given.
             o_next: (N, d): what followed.
             a: (N, p): the actions, for ``action_weight`` and "multi-step".
-            labelled: (N,) bool: the rows whose action is known, all without it; or the moments of those rows alone
-                ("o", "o_next", "a") beside accumulated ones.
+            labelled: (N,) bool: the rows whose action is known, all without it; the other rows of ``a`` may hold
+                anything. Beside accumulated moments, the moments of those rows alone ("o", "o_next" and "a").
             label_share: ρ in (0, 1], with moments in ``labelled``; a mask says it itself.
             flow: (N, f), for ``flow_weight``.
             o_view: (N, d₂), for ``cross_view``: the same transition seen by a second camera.
@@ -168,15 +169,15 @@ class LinearLAM(nn.Module):
         tensors = {name: block for name, block in optional.items() if block is not None}
         needed = self._needed()
         if isinstance(o, Tensor):
-            if o_next is None:
-                raise ValueError("o_next is missing; with o a tensor it must be (N, d)")
-            missing = sorted(needed - tensors.keys())
-            if missing:
-                raise ValueError(f"{', '.join(missing)} missing; this model needs {', '.join(sorted(needed))}")
+            if o_next is None or o_next.shape != o.shape:
+                got = "missing" if o_next is None else tuple(o_next.shape)
+                raise ValueError(f"o_next is {got}; it must be (N, d) like o, {tuple(o.shape)}")
+            _check_blocks(needed, tensors)
             moments, actions, label_share = _sample_moments({"o": o, "o_next": o_next, **tensors}, labelled)
         else:
             if o_next is not None or tensors or isinstance(labelled, Tensor):
                 raise ValueError("o holds moments; every other tensor must then be a block of them")
+            _check_blocks(needed | {"o", "o_next"}, o.mean)
             moments, actions = o, o if labelled is None else labelled
         self._solve(moments, actions, label_share)
         return self
@@ -201,16 +202,14 @@ class LinearLAM(nn.Module):
         self.o_mean, self.o_next_mean = moments.mean["o"], moments.mean["o_next"]
         P = self._projection(actions)
         if P is not None:
-            projected = {"o": {"o": P}, "o_next": {"o_next": P}}
+            projected: dict[str, dict[str, Tensor | None]] = {"o": {"o": P}, "o_next": {"o_next": P}}
             moments, actions = DerivedMoments(moments, projected), DerivedMoments(actions, projected)
         W, observation_rank = regression(moments, "o_next", "o", self.rtol)
         target, context, A = "o_next", "o", W
         if self.cross_view:
             target, context = "o_next_view", "o_view"
             A, _ = regression(moments, target, context, self.rtol)
-        innovations = DerivedMoments(
-            moments, {"e": {"o_next": _identity(W), "o": -W}, "y": {target: _identity(A), context: -A}}
-        )
+        innovations = DerivedMoments(moments, {"e": {"o_next": None, "o": -W}, "y": {target: None, context: -A}})
         floor = self.rtol * largest_eigenvalue(moments.covariance("o_next", "o_next"))
         T = whitening(innovations.covariance("e", "e"), floor)  # (r_e, d_e)
         gains = [T @ innovations.covariance("e", "y")]  # T Σ_ey, the reconstruction first
@@ -364,18 +363,27 @@ def _sample_moments(
     blocks: dict[str, Tensor], labelled: Tensor | JointMoments | None
 ) -> tuple[JointMoments, JointMoments, float]:
     """Moments of all rows, of the labelled rows, and the share of these."""
-    moments = SampleMoments(**blocks)
-    if blocks["o"].shape != blocks["o_next"].shape:
-        raise ValueError(f"o has shape {tuple(blocks['o'].shape)} and o_next {tuple(blocks['o_next'].shape)}; be equal")
     if labelled is None:
+        moments = SampleMoments(**blocks)
         return moments, moments, 1.0
-    rows = len(blocks["o"])
     if not isinstance(labelled, Tensor) or labelled.dtype != torch.bool:
-        raise TypeError("labelled must be a bool tensor (N,) beside tensors, or moments beside moments")
+        raise TypeError("labelled must be a bool tensor (N,) beside tensors, and moments beside moments")
+    rows = len(blocks["o"])
     if labelled.shape != (rows,) or not bool(labelled.any()):
         raise ValueError(f"labelled has shape {tuple(labelled.shape)}; it must be ({rows},) with a labelled row")
+    if "a" in blocks and len(blocks["a"]) != rows:
+        raise ValueError(
+            f"a has shape {tuple(blocks['a'].shape)}; it must be ({rows}, p), the unlabelled rows included"
+        )
+    moments = SampleMoments(**{name: block for name, block in blocks.items() if name != "a"})
     known = SampleMoments(**{name: block[labelled] for name, block in blocks.items()})
     return moments, known, float(labelled.double().mean())
+
+
+def _check_blocks(needed: set[str], present: Mapping[str, Tensor]) -> None:
+    missing = sorted(needed - present.keys())
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing; this model needs {', '.join(sorted(needed))}")
 
 
 def _check_finite(moments: JointMoments) -> None:
@@ -387,8 +395,3 @@ def _check_finite(moments: JointMoments) -> None:
 def _check_rows(name: str, rows: Tensor, entries: int) -> None:
     if rows.ndim == 0 or rows.shape[-1] != entries:
         raise ValueError(f"{name} has shape {tuple(rows.shape)}; its last axis must have {entries} entries")
-
-
-def _identity(matrix: Tensor) -> Tensor:
-    """The identity on the left of a matrix (t, d): (t, t)."""
-    return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

@@ -104,11 +104,11 @@ def probe_r2(
     residuals = {}
     for name in (target, z):
         H, _ = regression(train, name, given, rtol)
-        residuals[name] = {name: torch.eye(len(H), dtype=H.dtype, device=H.device), given: -H}
+        residuals[name] = {name: None, given: -H}
     fitted, held_out = DerivedMoments(train, residuals), DerivedMoments(test, residuals)
     T = whitening(fitted.covariance(z, z), rtol * largest_eigenvalue(train.covariance(z, z)))
     G = fitted.covariance(target, z) @ T.mT @ T / (1 + l2)
-    error = {"error": {target: torch.eye(len(G), dtype=G.dtype, device=G.device), z: -G}}
+    error = {"error": {target: None, z: -G}}
     base = _mean_square(fitted, held_out, target)
     if base <= rtol * float(test.covariance(target, target).trace()):
         return 0.0
@@ -169,7 +169,7 @@ def pair_inconsistency(
     residuals = {}
     for name, o in zip(z, given, strict=True):
         H, _ = regression(moments, name, o, rtol)
-        residuals[name] = {name: torch.eye(len(H), dtype=H.dtype, device=H.device), o: -H}
+        residuals[name] = {name: None, o: -H}
     left = DerivedMoments(moments, residuals)
     first, second = z
     own = (left.covariance(first, first) + left.covariance(second, second)) / 2
