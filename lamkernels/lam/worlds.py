@@ -217,6 +217,8 @@ def make_world(
     d, p = m + n if observation is None else observation, m if actions is None else actions
     for name, size in (("endogenous", m), ("exogenous", n), ("observation", d), ("actions", p)):
         check_integer(name, size)
+    if p > m:
+        raise ValueError(f"actions is {p}; it must be at most endogenous = {m}")
     if d < m + n:
         raise ValueError(f"observation is {d}; it must be at least endogenous + exogenous = {m + n}")
     check_number("condition", condition, lambda value: 1 <= value < math.inf, "at least 1 and finite")
@@ -295,7 +297,9 @@ def _linear_forms(world: World) -> tuple[dict[str, Tensor], slice]:
 def _root(name: str, covariance: Tensor) -> Tensor:
     """The symmetric root of a covariance."""
     values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
-    if float(values[0]) < -1e-12 * float(values[-1].abs()):
-        raise ValueError(f"{name}_covariance has the eigenvalue {float(values[0])}; it must be positive semi-definite")
+    least, slack = float(values[0]), 1e-12 * float(values[-1].abs())
+    if least < -slack or (name == "s" and least <= slack):  # the policy divides by the scale of s
+        kind = "definite" if name == "s" else "semi-definite"
+        raise ValueError(f"{name}_covariance has the eigenvalue {least}; it must be positive {kind}")
     root: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.mT
     return root
