@@ -8,6 +8,8 @@ import torch
 from lamkernels.lam.blocks import ConditionalMoments, DerivedMoments, SampleMoments, conditioned
 from lamkernels.lam.worlds import PopulationCovariance, World, make_world
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RICH = {
     "condition": 20.0, "eps_variance": 4.0, "horizon": 3, "determinism": 0.3, "view_correlation": 0.4, "coupling": 0.5,
     "flow_noise": 0.2, "s_mean": torch.tensor([1.0, -2.0, 0.5]), "xi_mean": torch.tensor([3.0, 0.0]),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lamkernels.lam.blocks import DerivedMoments, JointMoments, SampleMoments
+from lamkernels.lam.blocks import JointMoments, SampleMoments
 from lamkernels.lam.linear import LinearLAM
 from lamkernels.lam.linear_metrics import (
     action_recovery,
@@ -19,7 +19,7 @@ from lamkernels.lam.linear_metrics import (
     subspace_angle,
 )
 from lamkernels.lam.linear_sgd import train_linear_lam
-from lamkernels.lam.multi_step import multi_step_projection
+from lamkernels.lam.multi_step import inverse_coefficients, multi_step_projection
 from lamkernels.lam.worlds import World, make_world
 
 Row = dict[str, Any]
@@ -275,29 +275,30 @@ def _multi_step(data: Data, pairs: int, controls: Controls) -> Row:
 def multi_step_threshold(world: World, truncation: float) -> float:
     """Labelled pairs from which the truncation removes what the estimation noise of the inverse model adds.
 
-    The coefficients of ξ_t and ξ_{t+h} are zero in the population; estimated from N pairs they are a (2p, n) matrix of
-    noise with entries of variance v / N, v the residual variance of the action times the inverse variance of ξ given
-    the rest. Its largest singular value is about √(v / N) · (√(2p) + √n) (Davidson and Szarek 2001), and directions are
-    dropped below ``truncation`` times the largest singular value S of the coefficients. It assumes orthonormal [E F].
+    The coefficients of ξ_t and ξ_{t+h} are zero in the population. Estimated from N pairs they are, in standard
+    deviations of ξ, a (2p, n) matrix of noise with entries of variance v / N, v the residual variance of the action
+    times the variance of ξ over that of ξ given the rest. Its largest singular value is about √(v / N) · (√(2p) + √n)
+    (Davidson and Szarek 2001), and what is below ``truncation`` times the largest one of the coefficients is dropped.
 
     Args:
-        world: with the horizon of the inverse model.
+        world: with the horizon of the inverse model and orthonormal [E F].
         truncation: relative singular value.
 
     Returns:
-        N* = v · ((√(2p) + √n) / (truncation · S))².
+        N* = v · ((√(2p) + √n) / (truncation · S₁))².
     """
-    moments = world.population()
-    d, n, p = len(world.E), world.F.shape[1], world.B_s.shape[1]
-    eye, zero = torch.eye(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
-    pair = DerivedMoments(moments, {"pair": {"o": torch.cat([eye, zero]), "o_ahead": torch.cat([zero, eye])}})
-    precision = torch.linalg.inv(pair.covariance("pair", "pair"))
-    H = pair.covariance("a", "pair") @ precision  # (p, 2d)
-    residual = moments.covariance("a", "a") - H @ pair.covariance("pair", "a")
-    spread = sum(float((world.F.mT @ block @ world.F).trace()) for block in (precision[:d, :d], precision[d:, d:]))
-    v = float(residual.trace()) / p * spread / (2 * n)
-    S = float(torch.linalg.matrix_norm(torch.cat(H.chunk(2, dim=1)), 2))
-    return v * ((math.sqrt(2 * p) + math.sqrt(n)) / (truncation * S)) ** 2
+    moments, F = world.population(), world.F
+    (d, n), p = F.shape, world.B_s.shape[1]
+    names = ("o", "o_ahead")
+    joint = torch.cat([torch.cat([moments.covariance(x, y) for y in names], 1) for x in names])
+    precision = torch.linalg.inv(joint)
+    to_pair = torch.cat([moments.covariance("a", name) for name in names], 1)
+    residual = float((moments.covariance("a", "a") - to_pair @ precision @ to_pair.mT).trace()) / p
+    variance = F.mT @ (moments.covariance("o", "o") + moments.covariance("o_ahead", "o_ahead")) @ F / 2  # of ξ
+    halves = (precision[:d, :d], precision[d:, d:])
+    v = residual * sum(float((F.mT @ half @ F @ variance).trace()) for half in halves) / (2 * n)
+    largest = float(torch.linalg.matrix_norm(inverse_coefficients(moments)[1], 2))
+    return v * ((math.sqrt(2 * p) + math.sqrt(n)) / (truncation * largest)) ** 2
 
 
 def dependence(controls: Controls) -> list[Row]:
