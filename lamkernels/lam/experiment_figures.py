@@ -33,7 +33,7 @@ def noise(rows: Rows) -> bytes:
     figure, ((left, right),) = new_figure(1, 2, (10.5, 4.2), width_ratios=(1.9, 1))
     for measure, style in CURVES.items():
         _series(left, rows, "ratio", measure, style)
-    _threshold(left, 1.0, "theorem")
+    _threshold(left, 1.0, "theorem", height=0.68)
     left.set(title="What the latent action says", xlabel=RATIO, ylabel=SHARE, xscale="log", ylim=UNIT)
     trained = [row for row in rows if row["fit"] == "sgd"]
     excess = [row["loss"] / row["optimal_loss"] - 1 for row in trained]
@@ -143,11 +143,13 @@ def _series(axis: Any, rows: Rows, x: str, y: str, style: tuple[str, str, str, s
         axis.plot(*zip(*points, strict=True), color=colour, **styles[fit])
 
 
-def _threshold(axis: Any, place: float, name: str) -> None:
+def _threshold(axis: Any, place: float, name: str, height: float = 0.5) -> None:
     axis.axvline(place, color=INK, linewidth=1, linestyle=":")
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.9}
     options = {"rotation": 90, "va": "center", "fontsize": 9, "bbox": box, "zorder": 1.5}
-    axis.annotate(name, (place, 0.5), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points", **options)
+    axis.annotate(
+        name, (place, height), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points", **options
+    )
 
 
 def _summary(value: object) -> str:

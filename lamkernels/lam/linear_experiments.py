@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lamkernels.lam.blocks import JointMoments, SampleMoments
 from lamkernels.lam.linear import LinearLAM
@@ -76,7 +78,7 @@ class Controls:
     coupling: tuple[float, ...] = (0.0,)
     samples: int = 20_000
     sgd_steps: int = 2000
-    sampled_every: int = 4
+    sampled_every: int = 3
     repeats: int = 1
     seed: int = 0
 
@@ -130,13 +132,13 @@ CONTROLS = {
         action_weight=(100.0,),
         sampled_every=1,
     ),
-    "remedies": Controls(
-        action_weight=_linear(0.0, 6.0, 41),
+    "remedies": Controls(  # an even number of values keeps the sweeps off the thresholds, where ties are broken at random
+        action_weight=_linear(0.0, 6.0, 40),
         label_share=0.5,
-        flow_weight=_linear(0.0, 6.0, 41),
+        flow_weight=_linear(0.0, 6.0, 40),
         flow_noise=0.5,
-        through=_linear(0.0, 1.0, 41),
-        view_correlation=_linear(0.0, 1.0, 41),
+        through=_linear(0.0, 1.0, 40),
+        view_correlation=_linear(0.0, 1.0, 40),
         horizon=2,
         pairs=(30, 56, 100, 180, 300, 560, 1000, 1800, 3000, 5600, 10_000),
         repeats=20,
@@ -148,33 +150,47 @@ CONTROLS = {
 
 
 class Data:
-    """A world, its exact moments, and the moments of two samples: one to fit on, one to probe on."""
+    """A world, its exact moments, and, drawn when they are first used, a sample to fit on and one to probe on."""
 
     def __init__(self, controls: Controls, **changes: Any) -> None:
+        self.controls = controls
         self.world = controls.world(**changes)
         self.population = self.world.population()
-        self.label_share = controls.label_share
-        generator = torch.Generator().manual_seed(controls.seed)
-        self.rows, held_out = (self.world.sample(controls.samples, generator) for _ in range(2))
-        self.train, self.test = (SampleMoments(**{b: rows[b] for b in BLOCKS}) for rows in (self.rows, held_out))
-        known = round(controls.label_share * controls.samples)  # rows are independent: the first ones will do
-        self.labelled = SampleMoments(**{b: self.rows[b][:known] for b in BLOCKS})
+
+    @cached_property
+    def samples(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Rows of all blocks, to fit on and to probe on."""
+        generator = torch.Generator().manual_seed(self.controls.seed)
+        first, second = (self.world.sample(self.controls.samples, generator) for _ in range(2))
+        return first, second
+
+    @cached_property
+    def moments(self) -> tuple[SampleMoments, SampleMoments, SampleMoments]:
+        """Of the rows to fit on, of those among them with a label, and of the rows to probe on."""
+        rows, held_out = self.samples
+        known = round(self.controls.label_share * self.controls.samples)  # rows are independent: the first will do
+        labelled = {name: block[:known] for name, block in rows.items()}
+        fit, labels, probe = (SampleMoments(**{b: r[b] for b in BLOCKS}) for r in (rows, labelled, held_out))
+        return fit, labels, probe
 
     def closed_forms(self, k: int, *, sampled: bool = True, **options: Any) -> list[Row]:
         """The closed form on the population and, with ``sampled``, on the sample with a probe on the other one."""
-        exact = LinearLAM(k, **options).fit(self.population, label_share=self.label_share)
+        share = self.controls.label_share
+        exact = LinearLAM(k, **options).fit(self.population, label_share=share)
         rows = [{"fit": "population", **measure(exact, self.population)}]
         if sampled:
-            model = LinearLAM(k, **options).fit(self.train, labelled=self.labelled, label_share=self.label_share)
-            rows.append({"fit": "sample", **measure(model, self.train, self.test)})
+            train, labelled, test = self.moments
+            model = LinearLAM(k, **options).fit(train, labelled=labelled, label_share=share)
+            rows.append({"fit": "sample", **measure(model, train, test)})
         return rows
 
-    def descent(self, k: int, controls: Controls) -> Row:
+    def descent(self, k: int) -> Row:
         """Gradient descent on the sample, and its angle to the closed form there."""
-        generator = torch.Generator().manual_seed(controls.seed)
-        model = train_linear_lam(self.rows["o"], self.rows["o_next"], k, steps=controls.sgd_steps, generator=generator)
-        angle = subspace_angle(model.D, LinearLAM(k).fit(self.train).D)
-        return {"fit": "sgd", **measure(model, self.train, self.test), "angle_degrees": angle}
+        (rows, _), (train, _, test) = self.samples, self.moments
+        generator = torch.Generator().manual_seed(self.controls.seed)
+        model = train_linear_lam(rows["o"], rows["o_next"], k, steps=self.controls.sgd_steps, generator=generator)
+        angle = subspace_angle(model.D, LinearLAM(k).fit(train).D)
+        return {"fit": "sgd", **measure(model, train, test), "angle_degrees": angle}
 
 
 def measure(model: LinearLAM, moments: JointMoments, held_out: JointMoments | None = None) -> Row:
@@ -207,7 +223,7 @@ def noise(controls: Controls) -> list[Row]:
         sampled = i % controls.sampled_every == 0
         found = data.closed_forms(k, sampled=sampled)
         if sampled:
-            found.append(data.descent(k, controls))
+            found.append(data.descent(k))
         rows += [{"eps_variance": variance, "ratio": variance / weakest(controls), **row} for row in found]
     return rows
 
@@ -229,7 +245,7 @@ def capacity(controls: Controls) -> list[Row]:
     for k in controls.latent_dim:
         for remedy, chosen in options.items():
             rows += [{"k": k, "remedy": remedy, **row} for row in data.closed_forms(k, **chosen)]
-        rows.append({"k": k, "remedy": "none", **data.descent(k, controls)})
+        rows.append({"k": k, "remedy": "none", **data.descent(k)})
     return rows
 
 
@@ -253,15 +269,13 @@ def remedies(controls: Controls) -> list[Row]:
             rows += [{"remedy": remedy, "strength": x, "threshold": threshold, **row} for row in found]
     pairs = multi_step_threshold(data.world, controls.truncation)
     for count in controls.pairs:
-        rows.append(
-            {"remedy": "multi-step", "strength": count, "threshold": pairs, **_multi_step(data, count, controls)}
-        )
+        rows.append({"remedy": "multi-step", "strength": count, "threshold": pairs, **_multi_step(data, count)})
     return rows
 
 
-def _multi_step(data: Data, pairs: int, controls: Controls) -> Row:
+def _multi_step(data: Data, pairs: int) -> Row:
     """Means over the seeds of a model whose representation comes from so many labelled pairs."""
-    found = []
+    controls, found = data.controls, []
     for repeat in range(controls.repeats):
         drawn = data.world.sample(pairs, torch.Generator().manual_seed(controls.seed + repeat))
         few = SampleMoments(**{name: drawn[name] for name in ("o", "o_ahead", "a")})
@@ -319,6 +333,6 @@ def dependence(controls: Controls) -> list[Row]:
             sampled = i % controls.sampled_every == 0
             found = data.closed_forms(k, sampled=sampled, action_weight=weight)
             if sampled and remedy == "none":
-                found.append(data.descent(k, controls))
+                found.append(data.descent(k))
             rows += [{**point, "c": c, "c_squared": c * c, **expected, **row} for row in found]
     return rows
