@@ -132,7 +132,7 @@ CONTROLS = {
         action_weight=(100.0,),
         sampled_every=1,
     ),
-    "remedies": Controls(  # an even number of values keeps the sweeps off the thresholds, where ties are broken at random
+    "remedies": Controls(  # an even number of values keeps sweeps off the thresholds, where ties are broken at random
         action_weight=_linear(0.0, 6.0, 40),
         label_share=0.5,
         flow_weight=_linear(0.0, 6.0, 40),
