@@ -43,20 +43,21 @@ def _style() -> Any:
     }
 
 
-def _styled(draw: Callable[P, bytes]) -> Callable[P, bytes]:
+def styled(draw: Callable[P, bytes]) -> Callable[P, bytes]:
     """Draws with the style of the report and leaves matplotlib's settings alone."""
 
     @functools.wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> bytes:
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> bytes:
         from matplotlib import rc_context
 
         with rc_context(_style()):
             return draw(*args, **kwargs)
 
-    return styled
+    return drawn
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+def new_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """A figure of ``size`` inches and its axes (rows, columns), without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -65,18 +66,19 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) 
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
+    """The figure as a PNG on white."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
     return buffer.getvalue()
 
 
-@_styled
+@styled
 def curves(results: dict[str, Any]) -> bytes:
     """Both loss curves, one over the other, and their relative difference at every step."""
     stock, fused = (torch.tensor(results["curves"][name]["loss"], dtype=torch.float64) for name in ("stock", "fused"))
     steps = range(1, len(stock) + 1)
-    figure, ((left, right),) = _figure(1, 2, (10.5, 3.6))
+    figure, ((left, right),) = new_figure(1, 2, (10.5, 3.6))
     left.plot(steps, stock.numpy(), color=STOCK, linewidth=4.5, alpha=0.55, label="stock", solid_capstyle="round")
     left.plot(steps, fused.numpy(), color=FUSED, linewidth=1.2, label="fused")
     left.set(title="Training loss", xlabel="step", ylabel="loss (1 = nothing moves)", ylim=(0, None))
@@ -92,10 +94,10 @@ def curves(results: dict[str, Any]) -> bytes:
         right.text(len(stock), size * 1.5, "one rounding", color="#57606a", ha="right", va="bottom")
     right.set(title="Distance from the stock run, relative", xlabel="step", yscale="log", ylim=(FLOOR / 3, 1))
     right.legend(loc="upper right", markerscale=3)
-    return _png(figure)
+    return to_png(figure)
 
 
-@_styled
+@styled
 def usage(results: dict[str, Any], codes: Tensor, actions: Tensor) -> bytes:
     """How often each token uses each code, and which actions were played under the commonest code words.
 
@@ -104,7 +106,7 @@ def usage(results: dict[str, Any], codes: Tensor, actions: Tensor) -> bytes:
         codes: (M, tokens) int64: the fused model's codes of the held-out transitions.
         actions: (M,) int64: what was played.
     """
-    figure, ((left, right),) = _figure(1, 2, (10.5, 3.4), width_ratios=(1, 1.25))
+    figure, ((left, right),) = new_figure(1, 2, (10.5, 3.4), width_ratios=(1, 1.25))
     counts = torch.tensor(results["code_usage"]["fused"]["counts"])
     share = counts / counts.sum(1, keepdim=True)
     left.grid(False)
@@ -131,10 +133,10 @@ def usage(results: dict[str, Any], codes: Tensor, actions: Tensor) -> bytes:
     right.set_yticks(range(len(words)), [word_name(word) for word in words], family="monospace")
     right.invert_yaxis()
     right.legend(loc="lower right")
-    return _png(figure)
+    return to_png(figure)
 
 
-@_styled
+@styled
 @torch.no_grad()
 def predictions(model: LatentActionModel, frames: Tensor, next_frames: Tensor, names: Sequence[str]) -> bytes:
     """Frame, next frame, prediction, and the true and predicted changes.
@@ -149,7 +151,7 @@ def predictions(model: LatentActionModel, frames: Tensor, next_frames: Tensor, n
     output = model(frames.to(device), next_frames.to(device)).prediction.cpu()
     now, then = frames.float() / 255, next_frames.float() / 255
     columns = ("frame", "next frame", "prediction", "true change", "predicted change")
-    figure, axes = _figure(len(frames), 5, (10.5, 2.15 * len(frames)))
+    figure, axes = new_figure(len(frames), 5, (10.5, 2.15 * len(frames)))
     for row in range(len(frames)):
         change, predicted = ((image[row] - now[row]).mean(0) for image in (then, output))
         limit = float(change.abs().max().clamp(min=0.02))
@@ -158,10 +160,10 @@ def predictions(model: LatentActionModel, frames: Tensor, next_frames: Tensor, n
         axes[row, 0].set_ylabel(names[row].lower(), fontweight="bold")
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title)
-    return _png(figure)
+    return to_png(figure)
 
 
-@_styled
+@styled
 @torch.no_grad()
 def what_codes_do(
     model: LatentActionModel, frame: Tensor, next_frame: Tensor, codes: Tensor, actions: Tensor, names: Sequence[str]
@@ -185,7 +187,7 @@ def what_codes_do(
     changes = (future - now).mean(1)
     window = _window(changes.var(0, correction=0), ZOOM)
     limit = float(changes.abs().max().clamp(min=0.02))
-    figure, axes = _figure(2, len(words) + 1, (10.5, 3.4))
+    figure, axes = new_figure(2, len(words) + 1, (10.5, 3.4))
     _picture(axes[0, 0], then[(slice(None), *window)], limit)
     _picture(axes[1, 0], (then - now).mean(0)[window], limit)
     axes[0, 0].set_title("what came")
@@ -199,7 +201,7 @@ def what_codes_do(
         axes[0, column].set_title(
             f"{word_name(word)}\n{names[best].lower()} {share[best]:.0%}", loc="center", fontsize=9
         )
-    return _png(figure)
+    return to_png(figure)
 
 
 def common_words(codes: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
