@@ -101,8 +101,7 @@ class Source:
         own = {"rows": rows, "actions": actions}
         self._names = {kind: NAMES[kind] if own.get(kind) is None else (str(own[kind]),) for kind in NAMES}
         self._single = rows is None  # then a single array is taken whatever its name
-        given = [paths] if isinstance(paths, (str, Path)) else list(paths)
-        self._sources = [source for path in given for source in _expanded(str(path))]
+        self._sources = expanded(paths)
         self._games = {
             name: DataConfig(game=name[6:], size=side) for name in self._sources if name.startswith("atari:")
         }
@@ -180,7 +179,18 @@ class Array(NamedTuple):
     read: Callable[[int, int], Tensor]
 
 
-def _expanded(path: str) -> list[str]:
+def expanded(paths: str | Path | Sequence[str | Path]) -> list[str]:
+    """The files and games that paths stand for: of a folder, its files of known kinds in the order of their names.
+
+    Raises:
+        ValueError: a file is of another kind, or a folder has no file of these kinds.
+        FileNotFoundError: there is no such file or folder.
+    """
+    given = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    return [source for path in given for source in _files(str(path))]
+
+
+def _files(path: str) -> list[str]:
     """The files of a folder, or the file or game itself."""
     if path.startswith("atari:"):
         return [path]

@@ -1,0 +1,328 @@
+"""``lamkernels fit``: the linear latent action model of features, videos and games, in one pass over them.
+
+Rows are accumulated as means and covariances, so the fit is exact, memory does not grow with the data, and processes
+(``torchrun``) share the work: each takes some of the segments, and one sum at the end makes the fit of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, distributed
+from torch.nn import functional as F
+
+from lamkernels.covariance import Covariance
+from lamkernels.lam import fit_figures
+from lamkernels.lam.files import load_tensors, replacing, save_tensors, write_text
+from lamkernels.lam.fit_report import measure, summary
+from lamkernels.lam.linear import LinearLAM
+from lamkernels.lam.sources import Batch, Source, expanded
+
+SEGMENT = 256  # rows that go to one process and to one side of the split; no pair crosses the border of two segments
+HELD_OUT = 5  # every fifth segment is
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """What decides the result, together with the data.
+
+    Attributes:
+        sources: files and games, in order.
+        latent_dim: k.
+        lag: rows from o to o'.
+        side: of resized frames, pixels.
+        rows: name of the array of rows; None looks for the usual ones.
+        actions: the same for the actions.
+        num_actions: integer actions are one-hot vectors of this length.
+        action_weight: λ of action supervision.
+        rtol: directions with a smaller share of the largest variance are left out: of frames, pixels that hardly ever
+            change, on which a regression does not carry over to other frames.
+    """
+
+    sources: tuple[str, ...]
+    latent_dim: int
+    lag: int = 1
+    side: int = 16
+    rows: str | None = None
+    actions: str | None = None
+    num_actions: int = 18
+    action_weight: float = 0.0
+    rtol: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where a number is out of range."""
+        for name in ("latent_dim", "lag", "side", "num_actions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.action_weight < float("inf"):
+            raise ValueError(f"action_weight is {self.action_weight}; it must be at least 0 and finite")
+        if not 0 <= self.rtol < 1:
+            raise ValueError(f"rtol is {self.rtol}; it must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far one process is.
+
+    Attributes:
+        source: index of the source that it reads.
+        position: rows of that source that are dealt with.
+        rows: rows taken in, of all sources.
+        skipped: what could not be read: (source, reason).
+    """
+
+    source: int = 0
+    position: int = 0
+    rows: int = 0
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fits, and writes the model, its report and its figures; returns the exit status."""
+    parser = _parser()
+    options = vars(parser.parse_args(argv))
+    out, restart, seconds = (options.pop(name) for name in ("out", "restart", "checkpoint_seconds"))
+    try:
+        config = FitConfig(sources=tuple(expanded(options.pop("paths"))), **options)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    try:
+        with _process_group():
+            results = fit(config, out, restart=restart, checkpoint_seconds=seconds)
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    if results is not None:
+        print(summary(results))
+        print(f"wrote {', '.join(str(out / name) for name in results['files'])}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lamkernels fit",
+        description="Fits the linear latent action model in closed form, in one pass, and reports what its latent "
+        "actions say. Runs again where it was stopped; under torchrun, processes share the rows.",
+    )
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help=".npy, .npz, .safetensors, .parquet, videos, folders, atari:GAME")
+    add("--latent-dim", type=int, default=8, metavar="K", help="default: %(default)s")
+    add("--lag", type=int, default=1, metavar="H", help="rows from o to o'; default: %(default)s")
+    add("--side", type=int, default=16, help="frames are resized to so many pixels squared; default: %(default)s")
+    add("--rows", metavar="NAME", help="array or column of rows; default: rows, frames, features or observation.state")
+    add("--actions", metavar="NAME", help="the same of the actions; default: actions or action")
+    add("--num-actions", type=int, default=18, help="integer actions are below it; default: %(default)s, as Atari's")
+    add("--action-weight", type=float, default=0.0, metavar="λ", help="of action supervision; default: %(default)s")
+    add("--rtol", type=float, default=1e-5, help="least share of the largest variance that counts; default: %(default)s")
+    add("--out", type=Path, default=Path("fit-out"), metavar="DIR", help="default: ./fit-out")
+    add("--checkpoint-seconds", type=float, default=60.0, metavar="S", help="between checkpoints; default: %(default)s")
+    add("--restart", action="store_true", help="forget an earlier, unfinished fit in DIR")
+    return parser
+
+
+@contextlib.contextmanager
+def _process_group() -> Iterator[None]:
+    """The processes of torchrun, where it started this one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def fit(
+    config: FitConfig, out: Path, *, restart: bool = False, checkpoint_seconds: float = 60.0
+) -> dict[str, Any] | None:
+    """Accumulates what is not accumulated yet, fits and writes; see the module.
+
+    Args:
+        config: what to fit.
+        out: folder of the results and of the checkpoints, which a fit that was stopped goes on from.
+        restart: whether to forget these.
+        checkpoint_seconds: between two checkpoints.
+
+    Returns:
+        The report on the first process, None on the others.
+
+    Raises:
+        ValueError: no rows could be read, or the checkpoint in ``out`` is of another fit.
+        OSError: a file cannot be written.
+    """
+    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    start = time.perf_counter()
+    moments, progress = _accumulate(config, out / f"checkpoint-{rank}-of-{world}.safetensors", restart, rank, world,
+                                    checkpoint_seconds)  # fmt: skip
+    for part in moments.values():
+        part.all_reduce()
+    everyone: list[Any] = [None] * world
+    if world > 1:
+        distributed.all_gather_object(everyone, progress.skipped)
+    else:
+        everyone = [progress.skipped]
+    if rank:
+        return None
+    fitted, held_out = moments["fitted"], moments["held_out"]
+    if fitted.count < 2:
+        raise ValueError(f"{fitted.count} pairs of rows could be read; a fit needs at least 2")
+    model = LinearLAM(config.latent_dim, action_weight=config.action_weight, rtol=config.rtol).fit(fitted)
+    results = measure(model, fitted, held_out)
+    results = {
+        "schema": "lamkernels fit 1",
+        "config": asdict(config),
+        "skipped": sorted(set().union(*everyone)),
+        "seconds": time.perf_counter() - start,
+        **results,
+    }
+    figures = {"spectrum.png": fit_figures.spectrum(results)}
+    if model.D.shape[1] == 3 * config.side**2:
+        figures["effects.png"] = fit_figures.effects(model, config.side)
+    results["files"] = ["report.json", "model.safetensors", "moments.safetensors", *figures]
+    save_tensors(out / "model.safetensors", model.state_dict(), {"format": "lamkernels LinearLAM"})
+    fitted.save(out / "moments.safetensors")
+    for name, png in figures.items():
+        with replacing(out / name) as path:
+            path.write_bytes(png)
+    write_text(out / "report.json", json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _accumulate(
+    config: FitConfig, checkpoint: Path, restart: bool, rank: int, world: int, checkpoint_seconds: float
+) -> tuple[dict[str, Covariance], Progress]:
+    """The moments of this process's rows, those to fit and those held out."""
+    from tqdm import tqdm
+
+    blocks, progress = _blocks(config), Progress()
+    moments = {name: Covariance(blocks, lag=config.lag) for name in ("fitted", "held_out")}
+    stamp, segment_rows = _stamp(config, blocks, rank, world), _segment(config)
+    if checkpoint.exists() and not restart:
+        progress = _resume(checkpoint, stamp, moments)
+    saved = time.monotonic()
+    by_source = len(config.sources) >= 2 * world  # else by segments, and every process reads every source
+    with tqdm(unit="row", unit_scale=True, initial=progress.rows, disable=rank > 0 or None) as bar:
+        for index in range(progress.source, len(config.sources)):
+            if by_source and index % world != rank:
+                continue
+            source = _source(config, index)
+            bar.set_description(Path(config.sources[index]).name)
+            position, done = 0, progress.position if index == progress.source else 0
+            try:
+                for batch in source:
+                    for segment, rows in _pieces(position, len(batch.rows), done, segment_rows):
+                        if by_source or segment % world == rank:
+                            side = "held_out" if (segment + index) % HELD_OUT == HELD_OUT - 1 else "fitted"
+                            starts = batch.starts[rows].clone()
+                            starts[0] |= (position + rows.start) % segment_rows == 0
+                            moments[side].update(_columns(config, blocks, batch, rows), starts=starts)
+                            progress = replace(progress, rows=progress.rows + rows.stop - rows.start)
+                    position += len(batch.rows)
+                    progress = replace(progress, source=index, position=max(position, done))
+                    bar.update(progress.rows - bar.n)
+                    if time.monotonic() - saved > checkpoint_seconds:
+                        _save(checkpoint, stamp, moments, progress)
+                        saved = time.monotonic()
+                failures = [(s.source, s.reason) for s in source.skipped]
+            except _UnfitError as error:
+                failures = [(config.sources[index], str(error))]
+            progress = replace(progress, source=index + 1, position=0, skipped=(*progress.skipped, *failures))
+    _save(checkpoint, stamp, moments, progress)
+    return moments, progress
+
+
+class _UnfitError(Exception):
+    """A source whose rows do not go with those of the others."""
+
+
+def _segment(config: FitConfig) -> int:
+    return max(SEGMENT, 64 * config.lag)  # a segment loses the pairs that cross its end
+
+
+def _source(config: FitConfig, index: int) -> Source:
+    return Source(config.sources[index], side=config.side, rows=config.rows, actions=config.actions)
+
+
+def _blocks(config: FitConfig) -> dict[str, int]:
+    """The entries of "o", and of "a" where there are actions: as the first source has them that can be read."""
+    reasons = []
+    for index in range(len(config.sources)):
+        source = _source(config, index)
+        for batch in source:
+            actions = {} if batch.actions is None else {"a": _action_rows(config, batch.actions).shape[1]}
+            if config.action_weight > 0 and not actions:
+                raise ValueError(f"action_weight is {config.action_weight}, and {batch.source} has no actions")
+            return {"o": batch.rows.shape[1]} | actions
+        reasons += [f"{skipped.source}: {skipped.reason}" for skipped in source.skipped]
+    raise ValueError(f"no rows could be read; {'; '.join(reasons) or 'the sources are empty'}")
+
+
+def _pieces(position: int, count: int, done: int, segment: int) -> Iterator[tuple[int, slice]]:
+    """The segments of ``count`` rows from row ``position`` of a source on, and their rows, from row ``done`` on."""
+    start = max(position, done)
+    while start < position + count:
+        stop = min((start // segment + 1) * segment, position + count)
+        yield start // segment, slice(start - position, stop - position)
+        start = stop
+
+
+def _columns(config: FitConfig, blocks: dict[str, int], batch: Batch, rows: slice) -> dict[str, Tensor]:
+    columns = {"o": batch.rows[rows]}
+    if columns["o"].shape[1] != blocks["o"]:
+        raise _UnfitError(f"its rows have {columns['o'].shape[1]} entries, those of the first source {blocks['o']}")
+    if "a" in blocks:
+        if batch.actions is None:
+            raise _UnfitError("it has no actions, and the first source has")
+        columns["a"] = _action_rows(config, batch.actions[rows]).to(columns["o"])
+        if columns["a"].shape[1] != blocks["a"]:
+            raise _UnfitError(
+                f"its actions have {columns['a'].shape[1]} entries, those of the first source {blocks['a']}"
+            )
+    return columns
+
+
+def _action_rows(config: FitConfig, actions: Tensor) -> Tensor:
+    """(N, A): real actions as they are, integers one-hot, −1 (no action) zeros."""
+    if actions.is_floating_point():
+        return actions.reshape(len(actions), -1)
+    if actions.ndim > 1 and actions[0].numel() != 1:
+        return actions.reshape(len(actions), -1).float()
+    numbers = actions.reshape(-1).long()
+    if len(numbers) and not -1 <= int(numbers.min()) <= int(numbers.max()) < config.num_actions:
+        raise ValueError(
+            f"an action is {int(numbers.max() if numbers.max() >= config.num_actions else numbers.min())}; integer "
+            f"actions must be in [-1, {config.num_actions - 1}]: --num-actions"
+        )
+    return F.one_hot(numbers.clamp(min=0), config.num_actions).float() * (numbers >= 0)[:, None]
+
+
+def _stamp(config: FitConfig, blocks: dict[str, int], rank: int, world: int) -> str:
+    """What a checkpoint must have been made from: the configuration and the files as they are now."""
+    files = [Path(source).stat() for source in config.sources if Path(source).exists()]
+    data = [[file.st_size, file.st_mtime_ns] for file in files]
+    return json.dumps({"config": asdict(config), "blocks": blocks, "rank": rank, "world": world, "files": data})
+
+
+def _save(path: Path, stamp: str, moments: dict[str, Covariance], progress: Progress) -> None:
+    states = {f"{name}/{key}": value for name, part in moments.items() for key, value in part.state_dict().items()}
+    save_tensors(path, states, {"fit": stamp, "progress": json.dumps(asdict(progress))})
+
+
+def _resume(path: Path, stamp: str, moments: dict[str, Covariance]) -> Progress:
+    states, metadata = load_tensors(path)
+    if metadata.get("fit") != stamp:
+        raise ValueError(f"{path} is of another fit, or a source has changed since; --restart forgets it")
+    for name, part in moments.items():
+        part.load_state_dict({key[len(name) + 1 :]: v for key, v in states.items() if key.startswith(f"{name}/")})
+    saved = json.loads(metadata["progress"])
+    return Progress(**saved | {"skipped": tuple(map(tuple, saved["skipped"]))})

@@ -1,0 +1,105 @@
+"""What a fitted linear latent action model says about its data: one dictionary of numbers, and its text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lamkernels.covariance import Covariance
+from lamkernels.lam.blocks import ConditionalMoments, DerivedMoments, JointMoments
+from lamkernels.lam.linear import LinearLAM
+from lamkernels.lam.linear_metrics import action_recovery, partial_r2, probe_r2
+
+
+def measure(model: LinearLAM, fitted: Covariance, held_out: Covariance) -> dict[str, Any]:
+    """The numbers of a fit. Losses are E‖ô' − o'‖² in squared units of o, measures of actions are given o.
+
+    Args:
+        model: fitted on ``fitted``.
+        fitted: moments of the pairs of blocks "o" and perhaps "a", with a lag.
+        held_out: the same of other pairs, perhaps of none.
+
+    Returns:
+        JSON: "pairs" (fitted, held out); "loss" of the "fit", its lower bound "optimal", "held_out" (None without such
+        pairs), "without_latent" (a linear prediction from o alone) and "copy" (o' = o); "ranks"; "eigenvalues" that
+        the latent dimensions explain; "actions", None where there are none:
+        "recovery" (share of the action that z explains), the same "held_out" by a ridge probe, "unexplained_latent"
+        (share of z that the action does not explain: what leaks is part of it), and that "by_dimension".
+    """
+    error = {"error": _error(model)}
+    losses = {
+        "fit": model.loss,
+        "optimal": model.optimal_loss,
+        "held_out": _mean_square(fitted, held_out, error) if held_out.count > 1 else None,
+        "without_latent": float(ConditionalMoments(fitted, "o").covariance("o_next", "o_next").trace()),
+        "copy": _copy_loss(fitted),
+    }
+    ranks = {
+        "observation": model.observation_rank,
+        "innovation": model.innovation_rank,
+        "latent": model.latent_rank,
+        "effective": model.effective_rank,
+    }
+    return {
+        "pairs": {"fitted": fitted.count, "held_out": held_out.count},
+        "loss": losses,
+        "ranks": ranks,
+        "eigenvalues": model.eigenvalues.tolist(),
+        "actions": _actions(model, fitted, held_out) if "a" in fitted.mean else None,
+    }
+
+
+def _error(model: LinearLAM) -> dict[str, torch.Tensor | None]:
+    """ô' − o' as a linear map of o' and o."""
+    identity = torch.eye(len(model.o_next_mean), dtype=model.D.dtype, device=model.D.device)
+    return {"o_next": model.B @ model.D - identity, "o": model.A + model.B @ model.C}
+
+
+def _mean_square(fitted: JointMoments, other: JointMoments, error: dict[str, Any]) -> float:
+    """E‖error‖² of rows whose means are not those that the fit took off."""
+    (name,) = error
+    derived, before = DerivedMoments(other, error), DerivedMoments(fitted, error)
+    offset = derived.mean[name] - before.mean[name]
+    return float(derived.covariance(name, name).trace() + offset.square().sum())
+
+
+def _copy_loss(moments: JointMoments) -> float:
+    change = DerivedMoments(moments, {"change": {"o_next": None, "o": -torch.eye(len(moments.mean["o"])).double()}})
+    return float(change.covariance("change", "change").trace() + change.mean["change"].square().sum())
+
+
+def _actions(model: LinearLAM, fitted: Covariance, held_out: Covariance) -> dict[str, Any]:
+    moments = model.latent_moments(fitted)
+    given_o = ConditionalMoments(moments, "o")
+    whole, rest = (m.covariance("z", "z").diagonal() for m in (given_o, ConditionalMoments(given_o, "a")))
+    used = whole > 0
+    return {
+        "recovery": action_recovery(moments),
+        "held_out": probe_r2(moments, model.latent_moments(held_out), "a") if held_out.count > 1 else None,
+        "unexplained_latent": 1 - partial_r2(moments, "z", z="a"),
+        "by_dimension": torch.where(used, (rest / whole).clamp(0, 1), 0.0).tolist(),
+    }
+
+
+def summary(results: dict[str, Any]) -> str:
+    """A few lines for the terminal."""
+    pairs, loss, ranks, actions = (results[name] for name in ("pairs", "loss", "ranks", "actions"))
+    lines = [
+        f"{pairs['fitted']} pairs fitted, {pairs['held_out']} held out, {results['seconds']:.1f} s",
+        f"loss {loss['fit']:.5g}, optimum {loss['optimal']:.5g}"
+        + ("" if loss["held_out"] is None else f", held out {loss['held_out']:.5g}")
+        + f"; without z {loss['without_latent']:.5g}, o' = o {loss['copy']:.5g}",
+        f"{ranks['latent']} latent dimensions in use of {results['config']['latent_dim']}; "
+        f"the innovation has rank {ranks['innovation']}, effectively {ranks['effective']:.1f}",
+    ]
+    if actions is None:
+        lines.append("no actions: what the latent actions say cannot be measured")
+    else:
+        held_out = "" if actions["held_out"] is None else f" (held out {actions['held_out']:.3f})"
+        lines += [
+            f"action recovery {actions['recovery']:.3f}{held_out}: share of the action that z explains, given o",
+            f"{actions['unexplained_latent']:.3f} of z is not explained by the action: exogenous leakage is in there",
+        ]
+    lines += [f"skipped {source}: {reason}" for source, reason in results["skipped"]]
+    return "\n".join(lines)
