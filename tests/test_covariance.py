@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lamkernels as lk
 from lamkernels import covariance
 from lamkernels.accumulate import RowBuffer
 from lamkernels.covariance import Covariance
@@ -355,3 +358,13 @@ def test_a_refused_update_takes_nothing_in():
     with pytest.raises(ValueError, match="this accumulator"):
         other(cov)
     assert cov.count == 1 and cov.mean.tolist() == [1, 1, 1]
+
+
+def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lk, "Covariance", Covariance, raising=False)
+    text = (Path(__file__).parents[1] / "docs" / "covariance.md").read_text()
+    names = {}
+    for block in re.findall("```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+        assert names["cov"].count in (10_000, 990, 1000)
