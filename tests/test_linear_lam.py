@@ -121,6 +121,26 @@ def test_one_fit_one_set_of_bits_whatever_it_is_fitted_from():
         assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{}, {"action_weight": 10.0}, {"cross_view": True}, {"representation": "multi-step"}]
+)
+def test_an_accumulated_stream_gives_the_same_model(options, dtype):
+    accumulator = pytest.importorskip("lamkernels.covariance").Covariance
+    world = make_world(eps_variance=0.5, observation=16, s_mean=100 * torch.ones(4))  # o varies in 8 of 16 directions
+    rows = world.sample(5000, generator())
+    moments = accumulator({name: block.shape[1] for name, block in rows.items()})
+    for start in range(0, 5000, 777):
+        moments.update({name: block[start : start + 777].to(dtype) for name, block in rows.items()})
+    streamed, whole = (LinearLAM(4, **options).fit(source) for source in (moments, SampleMoments(**rows)))
+    assert (streamed.observation_rank, streamed.innovation_rank) == (whole.observation_rank, whole.innovation_rank)
+    assert subspace_angle(streamed.D, whole.D) < 1e-3
+    assert streamed.loss * 4999 / 5000 == pytest.approx(whole.loss, rel=1e-6, abs=1e-6)  # 1/(N - 1) and 1/N
+    known = streamed.latent_moments(moments), whole.latent_moments(SampleMoments(**rows))
+    for measure in (exogenous_leakage, action_recovery, inconsistency):
+        assert measure(known[0]) == pytest.approx(measure(known[1]), abs=1e-5)
+
+
 @pytest.mark.parametrize("options", [{}, {"representation": normal(5, 8)}])
 def test_a_state_restores_the_model(options):
     rows = make_world().sample(200, generator())

@@ -53,6 +53,8 @@ class Controls:
         coupling: c, correlation of ε with a.
         samples: transitions to fit on, and as many to probe on.
         sgd_steps: of gradient descent on the same transitions.
+        sgd_batch: transitions of a step.
+        sgd_learning_rate: at the first step.
         sampled_every: samples are drawn, fitted and trained on at every so many values of the sweep.
         repeats: seeds that are averaged where the inverse model is fitted on few pairs.
         seed: of the world, of the samples and of gradient descent.
@@ -78,6 +80,8 @@ class Controls:
     coupling: tuple[float, ...] = (0.0,)
     samples: int = 20_000
     sgd_steps: int = 2000
+    sgd_batch: int = 512
+    sgd_learning_rate: float = 0.05
     sampled_every: int = 3
     repeats: int = 1
     seed: int = 0
@@ -186,9 +190,16 @@ class Data:
 
     def descent(self, k: int) -> Row:
         """Gradient descent on the sample, and its angle to the closed form there."""
-        (rows, _), (train, _, test) = self.samples, self.moments
-        generator = torch.Generator().manual_seed(self.controls.seed)
-        model = train_linear_lam(rows["o"], rows["o_next"], k, steps=self.controls.sgd_steps, generator=generator)
+        controls, (rows, _), (train, _, test) = self.controls, self.samples, self.moments
+        model = train_linear_lam(
+            rows["o"],
+            rows["o_next"],
+            k,
+            steps=controls.sgd_steps,
+            batch_size=controls.sgd_batch,
+            learning_rate=controls.sgd_learning_rate,
+            generator=torch.Generator().manual_seed(controls.seed),
+        )
         angle = subspace_angle(model.D, LinearLAM(k).fit(train).D)
         return {"fit": "sgd", **measure(model, train, test), "angle_degrees": angle}
 

@@ -18,7 +18,7 @@ def train_linear_lam(
     *,
     steps: int = 2000,
     batch_size: int = 512,
-    learning_rate: float = 0.02,
+    learning_rate: float = 0.05,
     generator: torch.Generator | None = None,
 ) -> LinearLAM:
     """Minimises the mean of ‖A o + B (C o + D o') − o'‖² over A, B, C and D with Adam on minibatches.
