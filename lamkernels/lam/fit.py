@@ -44,8 +44,7 @@ class FitConfig:
         actions: the same for the actions.
         num_actions: integer actions are one-hot vectors of this length.
         action_weight: λ of action supervision.
-        rtol: directions with a smaller share of the largest variance are left out: of frames, pixels that hardly ever
-            change, on which a regression does not carry over to other frames.
+        rtol: least share of the largest variance of o that the regression on o uses (:class:`LinearLAM`).
     """
 
     sources: tuple[str, ...]
@@ -122,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--actions", metavar="NAME", help="the same of the actions; default: actions or action")
     add("--num-actions", type=int, default=18, help="integer actions are below it; default: %(default)s, as Atari's")
     add("--action-weight", type=float, default=0.0, metavar="λ", help="of action supervision; default: %(default)s")
-    add("--rtol", type=float, default=1e-5, help="least share of the largest variance that counts; default: %(default)s")
+    add(
+        "--rtol", type=float, default=1e-5, help="least share of the largest variance that counts; default: %(default)s"
+    )
     add("--out", type=Path, default=Path("fit-out"), metavar="DIR", help="default: ./fit-out")
     add("--checkpoint-seconds", type=float, default=60.0, metavar="S", help="between checkpoints; default: %(default)s")
     add("--restart", action="store_true", help="forget an earlier, unfinished fit in DIR")
@@ -205,7 +206,8 @@ def _accumulate(
     from tqdm import tqdm
 
     blocks, progress = _blocks(config), Progress()
-    moments = {name: Covariance(blocks, lag=config.lag) for name in ("fitted", "held_out")}
+    # "exact": the innovation is what is left of o' when nearly all of it is explained
+    moments = {name: Covariance(blocks, lag=config.lag, precision="exact") for name in ("fitted", "held_out")}
     stamp, segment_rows = _stamp(config, blocks, rank, world), _segment(config)
     if checkpoint.exists() and not restart:
         progress = _resume(checkpoint, stamp, moments)

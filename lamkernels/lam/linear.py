@@ -67,7 +67,9 @@ class LinearLAM(nn.Module):
         flow_weight: λ ≥ 0, in squared units of o over those of the flow.
         cross_view: whether the target is the second view.
         representation: P (r, d), "multi-step" or None.
-        rtol: smallest variance that counts, as a share of the largest of o (for the regression) or o' (innovation).
+        rtol: smallest variance of o that counts, as a share of the largest: along others W is zero. Directions in which
+            the fitted o hardly varies, such as pixels that seldom change, do not carry over to other data.
+        innovation_rtol: smallest variance of the innovation that counts, as a share of the largest of o'.
         gain_rtol: smallest gain of a latent dimension that counts, as a share of the largest gain. Where samples are
             few, gains that are zero in the population are not; a cross-view model then needs a larger share.
 
@@ -103,13 +105,14 @@ class LinearLAM(nn.Module):
         cross_view: bool = False,
         representation: Tensor | str | None = None,
         rtol: float = RTOL,
+        innovation_rtol: float = RTOL,
         gain_rtol: float = RTOL,
     ) -> None:
         super().__init__()
         check_integer("latent_dim", latent_dim)
         check_weight("action_weight", action_weight)
         check_weight("flow_weight", flow_weight)
-        for name, value in (("rtol", rtol), ("gain_rtol", gain_rtol)):
+        for name, value in (("rtol", rtol), ("innovation_rtol", innovation_rtol), ("gain_rtol", gain_rtol)):
             check_number(name, value, lambda value: 0 <= value < 1, "at least 0 and below 1")
         if isinstance(representation, Tensor):
             if representation.ndim != 2 or not representation.is_floating_point():
@@ -124,7 +127,7 @@ class LinearLAM(nn.Module):
             )
         self.latent_dim, self.cross_view, self.representation = latent_dim, cross_view, representation
         self.action_weight, self.flow_weight = float(action_weight), float(flow_weight)
-        self.rtol, self.gain_rtol = rtol, gain_rtol
+        self.rtol, self.innovation_rtol, self.gain_rtol = rtol, innovation_rtol, gain_rtol
         for name in BUFFERS:
             self.register_buffer(name, None)
 
@@ -210,7 +213,7 @@ class LinearLAM(nn.Module):
             target, context = "o_next_view", "o_view"
             A, _ = regression(moments, target, context, self.rtol)
         innovations = DerivedMoments(moments, {"e": {"o_next": None, "o": -W}, "y": {target: None, context: -A}})
-        floor = self.rtol * largest_eigenvalue(moments.covariance("o_next", "o_next"))
+        floor = self.innovation_rtol * largest_eigenvalue(moments.covariance("o_next", "o_next"))
         T = whitening(innovations.covariance("e", "e"), floor)  # (r_e, d_e)
         gains = [T @ innovations.covariance("e", "y")]  # T Σ_ey, the reconstruction first
         for name, weight, source in (
