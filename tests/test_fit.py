@@ -98,9 +98,12 @@ def test_two_processes_fit_what_one_does(tmp_path, files):
     paths = [str(episode(tmp_path / f"{i}.npz", i)) for i in range(files)]
     arguments = ["fit", *paths, "--latent-dim", "2", "--num-actions", "4", "--out"]
     assert main([*arguments, str(tmp_path / "one")]) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
-        [*launcher, "-m", "lamkernels.cli", *arguments, str(tmp_path / "two")], check=True, capture_output=True
+        [*launcher, "-m", "lamkernels.cli", *arguments, str(tmp_path / "two")],
+        check=True,
+        capture_output=True,
+        timeout=120,
     )
     one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
     assert one["pairs"] == two["pairs"]

@@ -67,8 +67,9 @@ class LinearLAM(nn.Module):
         flow_weight: λ ≥ 0, in squared units of o over those of the flow.
         cross_view: whether the target is the second view.
         representation: P (r, d), "multi-step" or None.
-        rtol: smallest variance of o that counts, as a share of the largest: along others W is zero. Directions in which
-            the fitted o hardly varies, such as pixels that seldom change, do not carry over to other data.
+        rtol: smallest variance of o that counts, as a share of the largest: along others W says that o stays.
+            Directions in which the fitted o hardly varies, such as pixels that seldom change, do not carry over to
+            other data.
         innovation_rtol: smallest variance of the innovation that counts, as a share of the largest of o'.
         gain_rtol: smallest gain of a latent dimension that counts, as a share of the largest gain. Where samples are
             few, gains that are zero in the population are not; a cross-view model then needs a larger share.
@@ -207,11 +208,11 @@ class LinearLAM(nn.Module):
         if P is not None:
             projected: dict[str, dict[str, Tensor | None]] = {"o": {"o": P}, "o_next": {"o_next": P}}
             moments, actions = DerivedMoments(moments, projected), DerivedMoments(actions, projected)
-        W, observation_rank = regression(moments, "o_next", "o", self.rtol)
+        W, observation_rank = _regression_of_change(moments, "o_next", "o", self.rtol)
         target, context, A = "o_next", "o", W
         if self.cross_view:
             target, context = "o_next_view", "o_view"
-            A, _ = regression(moments, target, context, self.rtol)
+            A, _ = _regression_of_change(moments, target, context, self.rtol)
         innovations = DerivedMoments(moments, {"e": {"o_next": None, "o": -W}, "y": {target: None, context: -A}})
         floor = self.innovation_rtol * largest_eigenvalue(moments.covariance("o_next", "o_next"))
         T = whitening(innovations.covariance("e", "e"), floor)  # (r_e, d_e)
@@ -221,7 +222,8 @@ class LinearLAM(nn.Module):
             ("flow", self.flow_weight, moments),
         ):
             if weight > 0:
-                partial = ConditionalMoments(source, "o", self.rtol).covariance("o_next", name)  # Σ_e,name
+                innovation = DerivedMoments(source, {"e": {"o_next": None, "o": -W}})
+                partial = ConditionalMoments(innovation, "o", self.rtol).covariance("e", name)
                 gains.append(weight**0.5 * (T @ partial))
         U, S, _ = torch.linalg.svd(torch.cat(gains, 1), full_matrices=False)
         found = S[: self.latent_dim].square()
@@ -381,6 +383,15 @@ def _sample_moments(
     moments = SampleMoments(**{name: block for name, block in blocks.items() if name != "a"})
     known = SampleMoments(**{name: block[labelled] for name, block in blocks.items()})
     return moments, known, float(labelled.double().mean())
+
+
+def _regression_of_change(moments: JointMoments, after: str, before: str, rtol: float) -> tuple[Tensor, int]:
+    """The regression of ``after`` on ``before`` and its rank; what it does not use of ``before`` stays as it is."""
+    mean = moments.mean[before]
+    stays = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+    change = DerivedMoments(moments, {"change": {after: None, before: -stays}})
+    H, rank = regression(change, "change", before, rtol)
+    return H + stays, rank
 
 
 def _check_blocks(needed: set[str], present: Mapping[str, Tensor]) -> None:
