@@ -82,14 +82,14 @@ def resident(target: str, num_rows: int, num_codes: int, dim: int) -> Tile | Non
     return Tile(64, codes, entries, warps, 1, registers(target))
 
 
-def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype) -> Tile:
-    """The tile of the lookup that streams tiles of codes past a tile of rows."""
+def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype, apart: bool = False) -> Tile:
+    """The tile of the lookup that streams tiles of codes past a tile of rows; ``apart``: whose entries lie apart."""
     half = dtype in (torch.float16, torch.bfloat16)
     if target == "interpreter":
         return Tile(32, 64, 32, 4, 1)
     if target.startswith("gfx"):
         return Tile(128, 64, 64, 4, 1) if half else Tile(64, 64, 32, 4, 1)
-    if dim % ALIGNED and (half or target != "sm_90"):
+    if (apart or dim % ALIGNED) and (half or target != "sm_90"):
         return Tile(64, 64, 64, 8, 2, REGISTERS) if half else Tile(32, 64, 32, 8, 2, REGISTERS)
     return Tile(128, 128, 64, 8, 3, REGISTERS) if half else Tile(64, 64, 32, 4, 2, REGISTERS)
 

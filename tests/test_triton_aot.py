@@ -201,7 +201,7 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
     "lookup 1000 x 100, bf16": lambda: lookup(1000, 100, HALF),
     "statistics 1000 x 100": lambda: count(1000, 100, SINGLE),
     **{f"{g} {k} x {d}, channels first": functools.partial(grouped, 1, k, d, (0, 4 * d, 1, 4), g)
-       for k, d in ((16, 128), (1024, 32), (1024, 256)) for g in ("ste", "rotation")},
+       for k, d in ((16, 128), (64, 64), (1024, 32), (1024, 256)) for g in ("ste", "rotation")},
     "lookup exact": lambda: lookup(64, 64, SINGLE, "exact"),
     "lookup fast": lambda: lookup(1024, 64, SINGLE, "fast"),
     **{f"{g} 16 x 128, {m}": functools.partial(quantise, 16, 128, SINGLE, metric=m, gradient=g)

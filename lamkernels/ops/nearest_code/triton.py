@@ -217,8 +217,9 @@ def _streamed(
     how: Arithmetic,
 ) -> None:  # fmt: skip
     (heads, rows), (num_codes, dim) = indices.shape, codebook.shape[1:]
-    tile = tuning.streamed(tuning.target_of(x.device), num_codes, dim, x.dtype if how.native else torch.float32)
-    ready = ready_codebook(codebook, tile, metric == "l2", how.centre, x.dtype if how.native else torch.float32)
+    product = x.dtype if how.native else torch.float32
+    tile = tuning.streamed(tuning.target_of(x.device), num_codes, dim, product, apart=strides[4] != 1)
+    ready = ready_codebook(codebook, tile, metric == "l2", how.centre, product)
     tiles = triton.cdiv(rows, tile.rows)
     nearest_code_streamed_kernel[(heads * tiles,)](
         x, codebook, *ready, indices, distance, rows, num_codes, dim, *ready.codes.shape[1:],
