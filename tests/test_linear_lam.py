@@ -210,6 +210,12 @@ def test_leakage_starts_with_the_first_eigenvalue_that_is_displaced():
     assert leaks[5] == pytest.approx(1.8 / 2.8) and leaks[7] == pytest.approx(1)
 
 
+def test_without_orthogonality_any_noise_leaks():
+    """The crossover is sharp where E ⟂ F; elsewhere principal components mix the two, in proportion to the noise."""
+    leaks = [exogenous_leakage(fit(make_world(condition=3.0, eps_variance=v), 4)[1]) for v in (1e-3, 1e-2)]
+    assert leaks[0] > 1e-5 and leaks[1] / leaks[0] == pytest.approx(10, rel=0.05)
+
+
 @pytest.mark.parametrize("k", [5, 8])
 @pytest.mark.parametrize("condition", [1.0, 10.0])
 def test_spare_capacity_leaks(k, condition):

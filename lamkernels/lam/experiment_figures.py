@@ -40,7 +40,8 @@ def noise(rows: Rows) -> bytes:
     right.plot([row["ratio"] for row in trained], excess, "x:", color=INK)
     right.axhline(1e-3, color=INK, linewidth=1, linestyle="--")
     right.text(trained[0]["ratio"], 1.1e-3, "0.1 %", va="bottom")
-    right.set(title="SGD above the closed form", xlabel=RATIO, ylabel="loss / L* − 1", xscale="log", yscale="log")
+    right.set(title="SGD above the closed form", xlabel=RATIO, xscale="log", yscale="log")
+    right.set(ylabel="loss / L* − 1 (1)", ylim=(min(1e-5, *excess), max(1e-2, *excess)))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return to_png(figure)
 
