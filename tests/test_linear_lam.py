@@ -604,6 +604,12 @@ def test_wrong_calls_are_refused():
         model.encode(**ROWS)
     with pytest.raises(ValueError, match="o holds moments"):
         model.fit(moments, ROWS["o_next"])
+    with pytest.raises(ValueError, match=r"label_share is 0.5; beside tensors"):
+        model.fit(**ROWS, label_share=0.5)
+    with pytest.raises(TypeError, match="o is a list; it must be a tensor, or moments of named blocks"):
+        model.fit([[1.0]])
+    with pytest.raises(TypeError, match="labelled is a float"):
+        model.fit(moments, labelled=0.5)
     with pytest.raises(ValueError, match="flow missing"):
         LinearLAM(2, flow_weight=1.0).fit(moments)
     with pytest.raises(ValueError, match="o_next missing"):

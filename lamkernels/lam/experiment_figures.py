@@ -54,7 +54,7 @@ def capacity(rows: Rows) -> bytes:
         for remedy, style in REMEDIES.items():
             _series(axis, [row for row in rows if row["remedy"] == remedy], "k", measure, style)
         axis.set_xlabel("k, latent dimensions")
-        _threshold(axis, 3.0, r"rank $\Sigma_q$")
+        _threshold(axis, rows[0]["q_rank"], r"rank $\Sigma_q$")
     left.set(title="Spare capacity leaks", ylabel=f"exogenous leakage, {SHARE}", ylim=UNIT)
     right.set(title="Dimensions in use", ylabel="entries of z with a gain")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--seed is {options.seed}; it must be at least 0")
     try:
         run(options.names or NAMES, options.out, quick=options.quick, seed=options.seed)
-    except OSError as error:
+    except (ModuleNotFoundError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -68,6 +69,8 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False, seed: int = 0) 
         ModuleNotFoundError: matplotlib is not installed.
         OSError: a file cannot be written.
     """
+    if find_spec("matplotlib") is None:  # before the work, not after it
+        raise ModuleNotFoundError("the figures need matplotlib; pip install 'lamkernels[demo]'")
     controls = {name: replace(values.quick() if quick else values, seed=seed) for name, values in CONTROLS.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -173,10 +173,16 @@ class LinearLAM(nn.Module):
                 got = "missing" if o_next is None else tuple(o_next.shape)
                 raise ValueError(f"o_next is {got}; it must be (N, d) like o, {tuple(o.shape)}")
             _check_blocks(needed, tensors)
+            if label_share != 1:
+                raise ValueError(f"label_share is {label_share}; beside tensors give labelled, whose share counts")
             moments, actions, label_share = _sample_moments({"o": o, "o_next": o_next, **tensors}, labelled)
         else:
             if o_next is not None or tensors or isinstance(labelled, Tensor):
                 raise ValueError("o holds moments; every other tensor must then be a block of them")
+            for name, source in (("o", o), ("labelled", o if labelled is None else labelled)):
+                if not isinstance(getattr(source, "mean", None), Mapping):
+                    kind = type(source).__name__
+                    raise TypeError(f"{name} is a {kind}; it must be a tensor, or moments of named blocks")
             _check_blocks(needed | {"o", "o_next"}, o.mean)
             moments, actions = o, o if labelled is None else labelled
         self._solve(moments, actions, label_share)

@@ -254,9 +254,10 @@ def capacity(controls: Controls) -> list[Row]:
         "cross-view": {"cross_view": True, "gain_rtol": 0.01},
     }
     for k in controls.latent_dim:
+        point = {"k": k, "q_rank": controls.actions}
         for remedy, chosen in options.items():
-            rows += [{"k": k, "remedy": remedy, **row} for row in data.closed_forms(k, **chosen)]
-        rows.append({"k": k, "remedy": "none", **data.descent(k)})
+            rows += [{"remedy": remedy, **point, **row} for row in data.closed_forms(k, **chosen)]
+        rows.append({"remedy": "none", **point, **data.descent(k)})
     return rows
 
 
