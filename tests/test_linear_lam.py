@@ -291,6 +291,30 @@ def test_every_remedy_prevents_the_leak_for_any_conditioning(remedy, condition, 
     assert model.loss >= model.optimal_loss - 1e-12
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"action_weight": 2.0}, {"flow_weight": 0.7}, {"cross_view": True}, {"cross_view": True, "action_weight": 0.5}],
+)
+def test_every_remedy_minimises_its_objective(options):
+    """Σ weight · E‖y − ŷ(z)‖² over the targets y, each residualised on the o that its decoder sees."""
+    rows = make_world(condition=5.0, action_variance=SPREAD, view_correlation=0.5).sample(400, generator())
+    model = LinearLAM(2, **options).fit(SampleMoments(**rows))
+    e, view = residual(rows["o_next"], rows["o"]), "_view" if model.cross_view else ""
+    targets = [(1.0, residual(rows[f"o_next{view}"], rows[f"o{view}"]))]
+    targets += [(model.action_weight, residual(rows["a"], rows["o"]))]
+    targets += [(model.flow_weight, residual(rows["flow"], rows["o"]))]
+
+    def objective(D):
+        return sum(weight * float(residual(y, e @ D.mT).square().sum(1).mean()) for weight, y in targets)
+
+    least = objective(model.D)
+    total = sum(weight * float(y.square().sum(1).mean()) for weight, y in targets)
+    assert least == pytest.approx(total - float(model.eigenvalues[:2].sum()), rel=1e-9)
+    for seed in range(20):
+        for size in (0.01, 0.1, 10.0):
+            assert objective(model.D + size * normal(2, 8, seed=seed)) >= least * (1 - 1e-12)
+
+
 def test_remedies_combine():
     world = make_world(eps_variance=4.0, view_correlation=0.7)
     assert above(world, 4, cross_view=True) and above(world, 4, action_weight=1.5)

@@ -58,6 +58,7 @@ class SampleMoments:
         wide = {name: block.detach().double() for name, block in blocks.items()}
         self.mean = {name: block.mean(0) for name, block in wide.items()}
         self._centred = {name: block - self.mean[name] for name, block in wide.items()}
+        self._known: dict[tuple[str, str], Tensor] = {}  # each product over the rows is made once
 
     def covariance(self, first: str, second: str) -> Tensor:
         """Cov(first, second), (d_first, d_second) fp64.
@@ -65,8 +66,11 @@ class SampleMoments:
         Raises:
             KeyError: there is no such block.
         """
-        x, y = self._centred[first], self._centred[second]
-        return x.mT @ y / len(x)
+        if (first, second) not in self._known:
+            x, y = self._centred[first], self._centred[second]
+            self._known[first, second] = x.mT @ y / len(x)
+            self._known[second, first] = self._known[first, second].mT
+        return self._known[first, second]
 
 
 class DerivedMoments:
