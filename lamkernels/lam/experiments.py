@@ -93,7 +93,10 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False, seed: int = 0) 
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Rows as CSV, columns in the order in which they first appear; numbers with 8 digits, tuples by spaces."""
+    """Rows as CSV, columns in the order in which they first appear.
+
+    Numbers have 8 digits, and 0 stands for what is below 1e-12, which is rounding; tuples are separated by spaces.
+    """
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
@@ -104,7 +107,9 @@ def to_csv(rows: Sequence[Row]) -> str:
 def _text(value: object) -> str:
     if isinstance(value, tuple):
         return " ".join(map(_text, value))
-    return format(value, ".8g") if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return format(value if abs(value) >= 1e-12 else 0.0, ".8g")
+    return str(value)
 
 
 if __name__ == "__main__":
