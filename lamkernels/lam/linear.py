@@ -15,7 +15,6 @@ from lamkernels.lam.blocks import (
     JointMoments,
     SampleMoments,
     effective_rank,
-    largest_eigenvalue,
     regression,
     signed,
     whitening,
@@ -216,8 +215,8 @@ class LinearLAM(nn.Module):
             target, context = "o_next_view", "o_view"
             A, _ = regression(moments, target, context, self.rtol)
         innovations = DerivedMoments(moments, {"e": {"o_next": None, "o": -W}, "y": {target: None, context: -A}})
-        floor = self.rtol * largest_eigenvalue(moments.covariance("o_next", "o_next"))
-        T = whitening(innovations.covariance("e", "e"), floor)  # (r_e, d_e)
+        whole = moments.covariance("o_next", "o_next")
+        T = whitening(innovations.covariance("e", "e"), self.rtol, whole)  # (r_e, d_e)
         gains = [T @ innovations.covariance("e", "y")]  # T Σ_ey, the reconstruction first
         for name, weight, source in (
             ("a", self.action_weight * label_share, actions),

@@ -266,7 +266,7 @@ def remedies(controls: Controls) -> list[Row]:
     (k,), noisy, own = controls.latent_dim, controls.eps_variance[0], controls.action_variance[0]
     data = Data(controls)
     F, eye = data.world.F, torch.eye(len(data.world.F), dtype=torch.float64)
-    weight, share = (noisy - own) / own, (own / noisy) ** 0.5  # where B_s is orthonormal and σ_a = 1
+    weight, share = (noisy - own) / own, (own / noisy) ** 0.5  # B_s is orthonormal
     sweeps: tuple[tuple[str, tuple[float, ...], float, Callable[[float], dict[str, Any]]], ...] = (
         ("action supervision", controls.action_weight, weight, lambda x: {"action_weight": x / controls.label_share}),
         ("optical flow", controls.flow_weight, weight, lambda x: {"flow_weight": x}),
