@@ -210,6 +210,12 @@ def test_leakage_starts_with_the_first_eigenvalue_that_is_displaced():
     assert leaks[5] == pytest.approx(1.8 / 2.8) and leaks[7] == pytest.approx(1)
 
 
+def test_without_orthogonality_any_noise_leaks():
+    """The crossover is sharp where E ⟂ F; elsewhere principal components mix the two, in proportion to the noise."""
+    leaks = [exogenous_leakage(fit(make_world(condition=3.0, eps_variance=v), 4)[1]) for v in (1e-3, 1e-2)]
+    assert leaks[0] > 1e-5 and leaks[1] / leaks[0] == pytest.approx(10, rel=0.05)
+
+
 @pytest.mark.parametrize("k", [5, 8])
 @pytest.mark.parametrize("condition", [1.0, 10.0])
 def test_spare_capacity_leaks(k, condition):
@@ -283,6 +289,30 @@ def test_every_remedy_prevents_the_leak_for_any_conditioning(remedy, condition, 
     assert inconsistency(cured) < 1e-3
     assert subspace_angle(model.D, world.endogenous_rows) < 1.0
     assert model.loss >= model.optimal_loss - 1e-12
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"action_weight": 2.0}, {"flow_weight": 0.7}, {"cross_view": True}, {"cross_view": True, "action_weight": 0.5}],
+)
+def test_every_remedy_minimises_its_objective(options):
+    """Σ weight · E‖y − ŷ(z)‖² over the targets y, each residualised on the o that its decoder sees."""
+    rows = make_world(condition=5.0, action_variance=SPREAD, view_correlation=0.5).sample(400, generator())
+    model = LinearLAM(2, **options).fit(SampleMoments(**rows))
+    e, view = residual(rows["o_next"], rows["o"]), "_view" if model.cross_view else ""
+    targets = [(1.0, residual(rows[f"o_next{view}"], rows[f"o{view}"]))]
+    targets += [(model.action_weight, residual(rows["a"], rows["o"]))]
+    targets += [(model.flow_weight, residual(rows["flow"], rows["o"]))]
+
+    def objective(D):
+        return sum(weight * float(residual(y, e @ D.mT).square().sum(1).mean()) for weight, y in targets)
+
+    least = objective(model.D)
+    total = sum(weight * float(y.square().sum(1).mean()) for weight, y in targets)
+    assert least == pytest.approx(total - float(model.eigenvalues[:2].sum()), rel=1e-9)
+    for seed in range(20):
+        for size in (0.01, 0.1, 10.0):
+            assert objective(model.D + size * normal(2, 8, seed=seed)) >= least * (1 - 1e-12)
 
 
 def test_remedies_combine():
@@ -598,6 +628,12 @@ def test_wrong_calls_are_refused():
         model.encode(**ROWS)
     with pytest.raises(ValueError, match="o holds moments"):
         model.fit(moments, ROWS["o_next"])
+    with pytest.raises(ValueError, match=r"label_share is 0.5; beside tensors"):
+        model.fit(**ROWS, label_share=0.5)
+    with pytest.raises(TypeError, match="o is a list; it must be a tensor, or moments of named blocks"):
+        model.fit([[1.0]])
+    with pytest.raises(TypeError, match="labelled is a float"):
+        model.fit(moments, labelled=0.5)
     with pytest.raises(ValueError, match="flow missing"):
         LinearLAM(2, flow_weight=1.0).fit(moments)
     with pytest.raises(ValueError, match="o_next missing"):

@@ -58,6 +58,7 @@ class SampleMoments:
         wide = {name: block.detach().double() for name, block in blocks.items()}
         self.mean = {name: block.mean(0) for name, block in wide.items()}
         self._centred = {name: block - self.mean[name] for name, block in wide.items()}
+        self._known: dict[tuple[str, str], Tensor] = {}  # each product over the rows is made once
 
     def covariance(self, first: str, second: str) -> Tensor:
         """Cov(first, second), (d_first, d_second) fp64.
@@ -65,8 +66,11 @@ class SampleMoments:
         Raises:
             KeyError: there is no such block.
         """
-        x, y = self._centred[first], self._centred[second]
-        return x.mT @ y / len(x)
+        if (first, second) not in self._known:
+            x, y = self._centred[first], self._centred[second]
+            self._known[first, second] = x.mT @ y / len(x)
+            self._known[second, first] = self._known[first, second].mT
+        return self._known[first, second]
 
 
 class DerivedMoments:
@@ -111,8 +115,8 @@ class ConditionalMoments:
 
     def __init__(self, base: JointMoments, given: str, rtol: float = RTOL) -> None:
         self.base, self.given = base, given
-        whole = base.unconditional(given) if isinstance(base, ConditionalMoments) else base.covariance(given, given)
-        self._whitening = whitening(base.covariance(given, given), rtol * largest_eigenvalue(whole))  # (r, d)
+        whole = base.unconditional(given) if isinstance(base, ConditionalMoments) else None
+        self._whitening = whitening(base.covariance(given, given), rtol, whole)  # (r, d)
 
     @property
     def mean(self) -> Mapping[str, Tensor]:
@@ -158,25 +162,27 @@ def regression(moments: JointMoments, target: str, inputs: str, rtol: float = RT
     Returns:
         (t, d) fp64 and the number of directions used.
     """
-    covariance = moments.covariance(inputs, inputs)
-    root = whitening(covariance, rtol * largest_eigenvalue(covariance))
+    root = whitening(moments.covariance(inputs, inputs), rtol)
     return moments.covariance(target, inputs) @ root.mT @ root, len(root)
 
 
-def whitening(covariance: Tensor, floor: float) -> Tensor:
-    """T (r, d) with T Σ Tᵀ = I: the eigenvectors of Σ (d, d) with an eigenvalue above ``floor``, over its root.
+def whitening(covariance: Tensor, rtol: float, whole: Tensor | None = None) -> Tensor:
+    """T with T Σ Tᵀ = I on the directions of Σ that vary: its eigenvectors over the roots of the eigenvalues.
 
-    Rows are in descending order of the eigenvalues; r is the rank, and TᵀT the pseudo-inverse of what was kept.
+    Args:
+        covariance: Σ (d, d), symmetric but for rounding.
+        rtol: eigenvalues below this share of the largest are left out.
+        whole: a covariance whose largest eigenvalue counts instead of that of Σ: what is left of it after a
+            regression may be rounding alone.
+
+    Returns:
+        (r, d), r the rank, in descending order of the eigenvalues; TᵀT is the pseudo-inverse of what was kept.
     """
     values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
-    kept = values > max(floor, torch.finfo(values.dtype).tiny)
+    largest = values[-1] if whole is None else torch.linalg.eigvalsh((whole + whole.mT) / 2)[-1]
+    kept = values > (rtol * largest).clamp(min=torch.finfo(values.dtype).tiny)
     rows: Tensor = vectors[:, kept] / values[kept].sqrt()
     return rows.mT.flip(0)
-
-
-def largest_eigenvalue(covariance: Tensor) -> float:
-    """Of a symmetric matrix (d, d), at least 0."""
-    return max(float(torch.linalg.eigvalsh((covariance + covariance.mT) / 2)[-1]), 0.0)
 
 
 def effective_rank(eigenvalues: Tensor) -> float:

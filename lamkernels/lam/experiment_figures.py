@@ -40,7 +40,8 @@ def noise(rows: Rows) -> bytes:
     right.plot([row["ratio"] for row in trained], excess, "x:", color=INK)
     right.axhline(1e-3, color=INK, linewidth=1, linestyle="--")
     right.text(trained[0]["ratio"], 1.1e-3, "0.1 %", va="bottom")
-    right.set(title="SGD above the closed form", xlabel=RATIO, ylabel="loss / L* − 1", xscale="log", yscale="log")
+    right.set(title="SGD above the closed form", xlabel=RATIO, xscale="log", yscale="log")
+    right.set(ylabel="loss / L* − 1 (1)", ylim=(min(1e-5, *excess), max(1e-2, *excess)))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return to_png(figure)
 
@@ -53,7 +54,7 @@ def capacity(rows: Rows) -> bytes:
         for remedy, style in REMEDIES.items():
             _series(axis, [row for row in rows if row["remedy"] == remedy], "k", measure, style)
         axis.set_xlabel("k, latent dimensions")
-        _threshold(axis, 3.0, r"rank $\Sigma_q$")
+        _threshold(axis, rows[0]["q_rank"], r"rank $\Sigma_q$")
     left.set(title="Spare capacity leaks", ylabel=f"exogenous leakage, {SHARE}", ylim=UNIT)
     right.set(title="Dimensions in use", ylabel="entries of z with a gain")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)

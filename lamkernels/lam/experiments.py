@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--seed is {options.seed}; it must be at least 0")
     try:
         run(options.names or NAMES, options.out, quick=options.quick, seed=options.seed)
-    except OSError as error:
+    except (ModuleNotFoundError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -68,6 +69,8 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False, seed: int = 0) 
         ModuleNotFoundError: matplotlib is not installed.
         OSError: a file cannot be written.
     """
+    if find_spec("matplotlib") is None:  # before the work, not after it
+        raise ModuleNotFoundError("the figures need matplotlib; pip install 'lamkernels[demo]'")
     controls = {name: replace(values.quick() if quick else values, seed=seed) for name, values in CONTROLS.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -90,7 +93,10 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False, seed: int = 0) 
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Rows as CSV, columns in the order in which they first appear; numbers with 8 digits, tuples by spaces."""
+    """Rows as CSV, columns in the order in which they first appear.
+
+    Numbers have 8 digits, and 0 stands for what is below 1e-12, which is rounding; tuples are separated by spaces.
+    """
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
@@ -101,7 +107,9 @@ def to_csv(rows: Sequence[Row]) -> str:
 def _text(value: object) -> str:
     if isinstance(value, tuple):
         return " ".join(map(_text, value))
-    return format(value, ".8g") if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return format(value if abs(value) >= 1e-12 else 0.0, ".8g")
+    return str(value)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from lamkernels.lam.blocks import (
     JointMoments,
     SampleMoments,
     effective_rank,
-    largest_eigenvalue,
     regression,
     signed,
     whitening,
@@ -106,7 +105,7 @@ class LinearLAM(nn.Module):
         cross_view: bool = False,
         representation: Tensor | str | None = None,
         rtol: float = RTOL,
-        innovation_rtol: float = RTOL,
+        innovation_rtol: float = 10 * RTOL,  # four covariances are added up to one
         gain_rtol: float = RTOL,
     ) -> None:
         super().__init__()
@@ -177,10 +176,16 @@ class LinearLAM(nn.Module):
                 got = "missing" if o_next is None else tuple(o_next.shape)
                 raise ValueError(f"o_next is {got}; it must be (N, d) like o, {tuple(o.shape)}")
             _check_blocks(needed, tensors)
+            if label_share != 1:
+                raise ValueError(f"label_share is {label_share}; beside tensors give labelled, whose share counts")
             moments, actions, label_share = _sample_moments({"o": o, "o_next": o_next, **tensors}, labelled)
         else:
             if o_next is not None or tensors or isinstance(labelled, Tensor):
                 raise ValueError("o holds moments; every other tensor must then be a block of them")
+            for name, source in (("o", o), ("labelled", o if labelled is None else labelled)):
+                if not isinstance(getattr(source, "mean", None), Mapping):
+                    kind = type(source).__name__
+                    raise TypeError(f"{name} is a {kind}; it must be a tensor, or moments of named blocks")
             _check_blocks(needed | {"o", "o_next"}, o.mean)
             moments, actions = o, o if labelled is None else labelled
         self._solve(moments, actions, label_share)
@@ -214,8 +219,8 @@ class LinearLAM(nn.Module):
             target, context = "o_next_view", "o_view"
             A, _ = _regression_of_change(moments, target, context, self.rtol)
         innovations = DerivedMoments(moments, {"e": {"o_next": None, "o": -W}, "y": {target: None, context: -A}})
-        floor = self.innovation_rtol * largest_eigenvalue(moments.covariance("o_next", "o_next"))
-        T = whitening(innovations.covariance("e", "e"), floor)  # (r_e, d_e)
+        whole = moments.covariance("o_next", "o_next")
+        T = whitening(innovations.covariance("e", "e"), self.innovation_rtol, whole)  # (r_e, d_e)
         gains = [T @ innovations.covariance("e", "y")]  # T Σ_ey, the reconstruction first
         for name, weight, source in (
             ("a", self.action_weight * label_share, actions),

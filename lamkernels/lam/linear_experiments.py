@@ -254,9 +254,10 @@ def capacity(controls: Controls) -> list[Row]:
         "cross-view": {"cross_view": True, "gain_rtol": 0.01},
     }
     for k in controls.latent_dim:
+        point = {"k": k, "q_rank": controls.actions}
         for remedy, chosen in options.items():
-            rows += [{"k": k, "remedy": remedy, **row} for row in data.closed_forms(k, **chosen)]
-        rows.append({"k": k, "remedy": "none", **data.descent(k)})
+            rows += [{"remedy": remedy, **point, **row} for row in data.closed_forms(k, **chosen)]
+        rows.append({"remedy": "none", **point, **data.descent(k)})
     return rows
 
 
@@ -265,7 +266,7 @@ def remedies(controls: Controls) -> list[Row]:
     (k,), noisy, own = controls.latent_dim, controls.eps_variance[0], controls.action_variance[0]
     data = Data(controls)
     F, eye = data.world.F, torch.eye(len(data.world.F), dtype=torch.float64)
-    weight, share = (noisy - own) / own, (own / noisy) ** 0.5  # where B_s is orthonormal and σ_a = 1
+    weight, share = (noisy - own) / own, (own / noisy) ** 0.5  # B_s is orthonormal
     sweeps: tuple[tuple[str, tuple[float, ...], float, Callable[[float], dict[str, Any]]], ...] = (
         ("action supervision", controls.action_weight, weight, lambda x: {"action_weight": x / controls.label_share}),
         ("optical flow", controls.flow_weight, weight, lambda x: {"flow_weight": x}),

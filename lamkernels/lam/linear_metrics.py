@@ -20,7 +20,6 @@ from lamkernels.lam.blocks import (
     DerivedMoments,
     JointMoments,
     conditioned,
-    largest_eigenvalue,
     regression,
     whitening,
 )
@@ -106,7 +105,7 @@ def probe_r2(
         H, _ = regression(train, name, given, rtol)
         residuals[name] = {name: None, given: -H}
     fitted, held_out = DerivedMoments(train, residuals), DerivedMoments(test, residuals)
-    T = whitening(fitted.covariance(z, z), rtol * largest_eigenvalue(train.covariance(z, z)))
+    T = whitening(fitted.covariance(z, z), rtol, train.covariance(z, z))
     G = fitted.covariance(target, z) @ T.mT @ T / (1 + l2)
     error = {"error": {target: None, z: -G}}
     base = _mean_square(fitted, held_out, target)
@@ -140,7 +139,7 @@ def inconsistency(
         From 0 (the background does not matter) to 1 (nothing else does); 0 where z is constant given o.
     """
     partial = ConditionalMoments(moments, given, rtol)
-    T = whitening(partial.covariance(z, z), rtol * largest_eigenvalue(partial.unconditional(z)))
+    T = whitening(partial.covariance(z, z), rtol, partial.unconditional(z))
     if not len(T):
         return 0.0
     rest = conditioned(partial, endogenous, rtol).covariance(z, z)
@@ -174,7 +173,7 @@ def pair_inconsistency(
     first, second = z
     own = (left.covariance(first, first) + left.covariance(second, second)) / 2
     whole = (moments.covariance(first, first) + moments.covariance(second, second)) / 2
-    T = whitening(own, rtol * largest_eigenvalue(whole))
+    T = whitening(own, rtol, whole)
     if not len(T):
         return 0.0
     cross = left.covariance(first, second)

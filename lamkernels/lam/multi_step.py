@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lamkernels.lam.blocks import RTOL, DerivedMoments, JointMoments, largest_eigenvalue, regression, signed, whitening
+from lamkernels.lam.blocks import RTOL, DerivedMoments, JointMoments, regression, signed, whitening
 from lamkernels.validation import check_number
 
 
@@ -55,5 +55,5 @@ def inverse_coefficients(moments: JointMoments) -> tuple[Tensor, Tensor]:
     H, _ = regression(pair, "a", "pair")  # (p, 2d)
     G = torch.cat(H.chunk(2, dim=1))
     S = (moments.covariance("o", "o") + moments.covariance("o_ahead", "o_ahead")) / 2
-    T = whitening(S, RTOL * largest_eigenvalue(S))
+    T = whitening(S, RTOL)
     return G, G @ S @ T.mT  # T S Tᵀ = I, so S Tᵀ is a root of S
