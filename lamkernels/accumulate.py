@@ -40,7 +40,7 @@ class RowBuffer:
         """
         size, taken, total = self.rows + self.overlap, 0, len(batch["x"])
         while self.filled + total - taken >= size:
-            if self.filled == 0:
+            if self.filled == 0:  # contiguous as the buffer is: a library's product may round by the layout
                 yield {name: column[taken : taken + size].contiguous() for name, column in batch.items()}
                 taken += self.rows
                 continue
