@@ -130,3 +130,14 @@ def scalars(target: str, dim: int) -> Tile:
 def registers(target: str) -> int:
     """On NVIDIA all of them: left alone, the assembler spills a few for occupancy."""
     return REGISTERS if target.startswith("sm") else 0
+
+
+def products(target: str, dim: int, other: int, wide: bool) -> Tile:
+    """The tile of the products of rows: ``dim`` columns of either factor, ``rows`` at a time; ``wide`` is fp64."""
+    columns = min(power(max(dim, other)), 64)
+    if target == "interpreter":
+        return Tile(32, 1, min(columns, 32), 4, 1)
+    if wide:
+        small = target.startswith("gfx")
+        return Tile(16, 1, 16 if small else min(columns, 32), 4, 1, registers(target))
+    return Tile(32, 1, columns, 4, 1 if target.startswith("gfx") else 2, registers(target))

@@ -71,7 +71,7 @@ def arranged(x: Tensor, layout: str) -> Tensor:
     return x[:1].expand(x.shape) if layout == "expanded" else x
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(problem=problems())
 def test_any_shape_layout_dtype_weight_and_lag(backend, problem):
     rows, dim, other, kind, weighting, seed, offset, layout, dtype, broken = problem
@@ -102,7 +102,7 @@ def test_any_shape_layout_dtype_weight_and_lag(backend, problem):
 
 
 @pytest.mark.parametrize("mean", [0.0, 10.0, 1000.0])
-@pytest.mark.parametrize("shape", [(20, 8), (3000, 50), (50_000, 16), (4000, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(20, 8), (30_000, 16), (3000, 300)], ids=str)
 def test_an_offset_costs_no_accuracy(backend, shape, mean):
     x = torch.randn(shape) @ torch.linalg.qr(torch.randn(shape[1], shape[1]))[0] + mean
     assert_close(moments(x, backend=backend), by_definition(x), 1e-7)
@@ -240,16 +240,11 @@ def test_the_covariance_loss_is_that_of_vicreg(backend, dtype):
     assert (grad - expected).norm() <= (half + 3e-6) * expected.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(backend, dtype):
+def test_opcheck(backend):
     operator = torch.ops.lamkernels.covariance
-    x = torch.randn(2, 30, 4).to(dtype).requires_grad_()
-    y, weights = torch.randn(2, 30, 3).to(dtype), torch.rand(2, 30).double().requires_grad_()
-    for arguments in (
-        (x, None, None, 0, "default"),
-        (x, y, weights, 0, "exact"),
-        (x, None, weights[:, 2:].detach().requires_grad_(), 2, "default"),
-    ):
+    x = torch.randn(2, 30, 4).bfloat16().requires_grad_()
+    y, weights = torch.randn(2, 30, 3).bfloat16(), torch.rand(2, 30).double().requires_grad_()
+    for arguments in ((x, y, weights, 0, "exact"), (x.detach().float().requires_grad_(), None, None, 2, "default")):
         torch.library.opcheck(operator, (*arguments, backend))
 
 

@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from lamkernels import tuning  # noqa: E402
 from lamkernels.ops.code_statistics import triton as statistics  # noqa: E402
+from lamkernels.ops.covariance import triton as covariances  # noqa: E402
 from lamkernels.ops.finite_scalar_quantize import triton as scalar  # noqa: E402
 from lamkernels.ops.lookup_free_quantize import triton as signs  # noqa: E402
 from lamkernels.ops.nearest_code import triton as nearest  # noqa: E402
@@ -78,7 +79,7 @@ def record(monkeypatch: pytest.MonkeyPatch, target: str, call: Any) -> list[Laun
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(tuning, "target_of", lambda device: target)
-    for module in (nearest, quantize, statistics):
+    for module in (nearest, quantize, statistics, covariances):
         monkeypatch.setattr(module, "persistent_programs", lambda device: 528)
     call()
     return launches
@@ -149,6 +150,12 @@ def lookup_free(dim: int, dtype: torch.dtype, rows: int = 10**6) -> None:
     signs.lookup_free_quantize_backward(x, indices, num_rows, quantized, commitment, entropy, 1.0, 400.0, True)
 
 
+def co_moments(dim: int, dtype: torch.dtype, precision: str = "default", rows: int = 10**6) -> None:
+    """Of lagged rows with weights: all of the scatters."""
+    weights = meta(1, rows - 1, dtype=torch.float64)
+    covariances.covariance(meta(1, rows, dim, dtype=dtype), None, weights, 1, precision)
+
+
 SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 SHORT: dict[str, Any] = {  # what a change is most likely to break
     "quantise 16 x 128": lambda: quantise(16, 128, SINGLE),
@@ -160,6 +167,7 @@ SHORT: dict[str, Any] = {  # what a change is most likely to break
     "lookup 8192 x 256, bf16": lambda: lookup(8192, 256, HALF),
     "finite scalar 8 5 5 5": lambda: scalars([8, 5, 5, 5], SINGLE),
     "lookup-free 18": lambda: lookup_free(18, SINGLE),
+    "moments 64": lambda: co_moments(64, SINGLE),
 }
 LONG: dict[str, Any] = {  # every branch of tuning.py
     **{f"quantise {k} x {d}": functools.partial(quantise, k, d, SINGLE) for k, d in (
@@ -198,6 +206,10 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
     "lookup-free 10, bf16": lambda: lookup_free(10, HALF),
     "lookup-free 62, fp64": lambda: lookup_free(62, DOUBLE),
     "statistics, fp64": lambda: count(64, 300, DOUBLE),
+    **{f"moments {d}": functools.partial(co_moments, d, SINGLE) for d in (1, 7, 20, 32, 100, 512, 2048)},
+    **{f"moments {d}, bf16": functools.partial(co_moments, d, HALF) for d in (7, 32, 100, 512)},
+    **{f"moments {d}, exact": functools.partial(co_moments, d, SINGLE, "exact") for d in (7, 20, 100, 512)},
+    "moments 512, fp64": lambda: co_moments(512, DOUBLE),
 }  # fmt: skip
 CASES = [*SHORT, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in LONG)]
 

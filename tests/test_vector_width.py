@@ -40,6 +40,7 @@ def test_the_contract_holds(bits):
     for file, names in (
         ("test_nearest_code.py", ("test_hard_data", "test_every_row_gets_its_nearest_code")),
         ("test_vector_quantize.py", ("test_outputs_and_gradients", "test_rows_that_are_not_finite_are_in_nothing")),
+        ("test_moments.py", ("test_any_shape_layout_dtype_weight_and_lag", "test_hard_data")),
         ("test_vector_width.py", ("test_the_width_is_the_one_asked_for",)),
     ):
         nodes = [f"{HERE / file}::{name}" for name in names]

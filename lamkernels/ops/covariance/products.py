@@ -143,10 +143,10 @@ def _merge_parts(p):
             for i in range(first, last):
                 begin = max(start, i) if a[9] != 0 else start
                 total = elements(a[8], i * other + begin, stop - begin, np.float64(0))
-                factor = elements(a[11], i, 1, np.float64(0))[0]
-                total[:] = elements(a[12], begin, stop - begin, np.float64(0)) * -factor
-                for part in range(parts):
+                total[:] = elements(a[2], i * columns + begin, stop - begin, np.float64(0))
+                for part in range(1, parts):
                     total += elements(a[2], (part * rows + i) * columns + begin, stop - begin, np.float64(0))
+                total -= elements(a[11], i, 1, np.float64(0))[0] * elements(a[12], begin, stop - begin, np.float64(0))
             if a[9] != 0:
                 for j in range(start, stop):
                     for i in range(first, min(last, j)):
@@ -267,7 +267,8 @@ def add_up(
     vectors = [math.sqrt(weight) * step] * 2
     if right is not None and left.mean is not None and right.mean is not None:
         vectors = [weight * (left.mean - left.shift), right.mean - right.shift]
-    products = torch.empty((dim, other), dtype=torch.float64)
+    in_place = sizes.parts == 1 and sizes.padded == (dim, other)
+    products = partial[0] if in_place else torch.empty((dim, other), dtype=torch.float64)
     tasks = -(-dim // MERGED)
     merging = [partial.data_ptr(), sizes.parts, *sizes.padded, dim, other, products.data_ptr(), symmetric, tasks]
     merging += [vector.data_ptr() for vector in vectors]
