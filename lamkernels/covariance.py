@@ -143,7 +143,7 @@ class Covariance:
 
         Raises:
             TypeError: other is no Covariance.
-            ValueError: the dimensions, the blocks or the lag differ, or other is this accumulator.
+            ValueError: the dimensions, blocks, lag or precision differ, or other is this accumulator.
         """
         if not isinstance(other, Covariance):
             raise TypeError(f"other is a {type(other).__name__}; it must be a Covariance")
@@ -237,10 +237,8 @@ class Covariance:
             if second is not None:
                 raise ValueError(f"first is None and second is {second!r}; give first, or neither")
             return self._scaled("x", "x", ddof)
-        (side, rows), (other, columns) = (
-            self._schema.place("first", first),
-            self._schema.place("second", second or first),
-        )
+        side, rows = self._schema.place("first", first)
+        other, columns = self._schema.place("second", first if second is None else second)
         return self._scaled(side, other, ddof)[rows, columns]
 
     def cross_covariance(self, *, ddof: float = 1) -> Tensor:
