@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,8 +12,22 @@ from torch import Tensor
 Columns = dict[str, Tensor]  # tensors of equally many rows, by name
 Totals = dict[str, Tensor]  # count () int64; weight (), mean_x, xx and, of two sides, mean_y, xy, yy: fp64
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 STRIP = 128  # rows of a scatter that are merged at once: the temporary stays in the cache
 FILL = {"weights": 1.0, "starts": False}  # what a row holds in a column that it came without
+
+
+def writable(method: Callable[P, R]) -> Callable[P, R]:
+    """Returns the method without gradients and inference mode: tensors made in that mode could not be written later."""
+
+    @functools.wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return wrapped
 
 
 class RowBuffer:
@@ -40,7 +56,7 @@ class RowBuffer:
         """
         size, taken, total = self.rows + self.overlap, 0, len(batch["x"])
         while self.filled + total - taken >= size:
-            if self.filled == 0:
+            if self.filled == 0:  # contiguous as the buffer is: a library's product may round by the layout
                 yield {name: column[taken : taken + size].contiguous() for name, column in batch.items()}
                 taken += self.rows
                 continue

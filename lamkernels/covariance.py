@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lamkernels.accumulate import Columns, RowBuffer, Totals, empty_totals, merge_, pack, unpack
+from lamkernels.accumulate import Columns, RowBuffer, Totals, empty_totals, merge_, pack, unpack, writable
 from lamkernels.backend import resolve
 from lamkernels.moments import PRECISIONS, MomentsPrecision, moments
 from lamkernels.row_schema import RowSchema, check_equal, check_extras, layout
@@ -81,6 +81,7 @@ class Covariance:
         self._rows = RowBuffer(block_rows(self._schema.dim + (dim_y or 0)), self._overlap)
         self.reset()
 
+    @writable
     def reset(self) -> Covariance:
         """Forgets all rows, and returns the accumulator."""
         self._device = self._asked_device or torch.device("cpu")
@@ -92,7 +93,7 @@ class Covariance:
         self._read: Totals | None = None  # what results are read from, until something changes
         return self
 
-    @torch.no_grad()
+    @writable
     def update(
         self,
         x: Tensor | Mapping[str, Tensor],
@@ -133,6 +134,7 @@ class Covariance:
                 merge_(self._own, self._moments(block))
         return self
 
+    @writable
     def merge(self, other: Covariance) -> Covariance:
         """Adds the rows of ``other``, which stays as it is; the result agrees with one accumulator's to rounding.
 
@@ -141,7 +143,7 @@ class Covariance:
 
         Raises:
             TypeError: other is no Covariance.
-            ValueError: the dimensions, the blocks or the lag differ, or other is this accumulator.
+            ValueError: the dimensions, blocks, lag or precision differ, or other is this accumulator.
         """
         if not isinstance(other, Covariance):
             raise TypeError(f"other is a {type(other).__name__}; it must be a Covariance")
@@ -152,6 +154,7 @@ class Covariance:
         self._absorb(other._flushed(), other._common)
         return self
 
+    @writable
     def all_reduce(self, group: ProcessGroup | None = None) -> Covariance:
         """Adds the rows of all processes of the group: all of them then hold the same bits.
 
@@ -234,10 +237,8 @@ class Covariance:
             if second is not None:
                 raise ValueError(f"first is None and second is {second!r}; give first, or neither")
             return self._scaled("x", "x", ddof)
-        (side, rows), (other, columns) = (
-            self._schema.place("first", first),
-            self._schema.place("second", second or first),
-        )
+        side, rows = self._schema.place("first", first)
+        other, columns = self._schema.place("second", first if second is None else second)
         return self._scaled(side, other, ddof)[rows, columns]
 
     def cross_covariance(self, *, ddof: float = 1) -> Tensor:
@@ -258,6 +259,7 @@ class Covariance:
             state |= {f"{prefix}.{name}": tensor.clone() for name, tensor in part.items()}
         return state
 
+    @writable
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Covariance:
         """Takes over a :meth:`state_dict` of an accumulator with the same dimensions, blocks, lag and precision.
 
@@ -313,7 +315,6 @@ class Covariance:
     def _empty(self) -> Totals:
         return empty_totals(self._schema.dim, self._schema.second_dim, self._device)
 
-    @torch.no_grad()
     def _moments(self, block: Columns) -> Totals:
         """The moments of the rows of a block; with a lag h, of the pairs whose earlier row is not among its last h."""
         x, y, weights, starts = block["x"], block.get("y"), block.get("weights"), block.get("starts")
@@ -358,6 +359,7 @@ class Covariance:
         self._common = {name: tensor.to(device) for name, tensor in self._common.items()}
         self._rows.replace(self._rows.pending(), device)
 
+    @writable
     def _results(self, side: str = "x") -> Totals:
         """The moments of all rows; ValueError where the accumulator has no rows of that side."""
         if side == "y" and self._schema.second_dim is None:

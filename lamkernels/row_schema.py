@@ -45,7 +45,8 @@ class RowSchema:
 
     def _name_places(self) -> dict[str, tuple[str, slice]]:
         stops = itertools.accumulate(self.blocks.values())
-        columns = {name: slice(stop - size, stop) for (name, size), stop in zip(self.blocks.items(), stops)}  # noqa: B905
+        ends = zip(self.blocks.items(), stops, strict=True)
+        columns = {name: slice(stop - size, stop) for (name, size), stop in ends}
         places = {name: ("x", part) for name, part in columns.items()}
         if self.lag is not None:
             for name, part in columns.items():

@@ -140,4 +140,6 @@ def products(target: str, dim: int, other: int, wide: bool) -> Tile:
     if wide:
         small = target.startswith("gfx")
         return Tile(16, 1, 16 if small else min(columns, 32), 4, 1, registers(target))
-    return Tile(32, 1, columns, 4, 1 if target.startswith("gfx") else 2, registers(target))
+    warps = 4 if columns < 64 or target in RESIDENT_ENTRIES else 8  # both factors' halves are held: 4 warps would spill
+    rows = 16 if warps == 8 and target == "sm_120" else 32
+    return Tile(rows, 1, columns, warps, 1 if target.startswith("gfx") else 2, registers(target))

@@ -38,6 +38,7 @@ def reduce_on(rank, world, folder):
     cov = Covariance(3, lag=1).update(rows[:20], starts=starts[:20])
     result = {"first": numbers(cov.all_reduce()), "twice": numbers(cov.all_reduce().all_reduce())}
     cov.update(rows[20:], starts=starts[20:])
+    result["between"] = numbers(cov)
     resumed = Covariance(3, lag=1).load_state_dict(cov.state_dict())
     result |= {"later": numbers(cov.all_reduce()), "resumed": numbers(resumed.all_reduce())}
     pair = distributed.new_group([0, world - 1])
@@ -69,6 +70,11 @@ def test_ranks_hold_the_bits_of_merging_in_order(world, tmp_path):
         assert torch.equal(result["first"], expected["first"]) and torch.equal(result["twice"], expected["first"])
         assert torch.equal(result["later"], results[0]["later"]) and torch.equal(result["resumed"], result["later"])
         torch.testing.assert_close(result["later"], whole, rtol=1e-7, atol=1e-9)
+        rows, starts = episodes(rank)
+        own = Covariance(3, lag=1).update(rows[20 - (rank != 1) :], starts=starts[20 - (rank != 1) :])
+        torch.testing.assert_close(
+            result["between"], numbers(merged(everyone, slice(20)).merge(own)), rtol=1e-6, atol=1e-7
+        )
         if rank in (0, world - 1):
             assert torch.equal(result["pair"], pair)
         else:

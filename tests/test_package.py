@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = ("triton", "cupy", "numba", "matplotlib", "ale_py", "safetensors", "tqdm", "jinja2", "scipy")
+OPTIONAL = (
+    "triton",
+    "cupy",
+    "numba",
+    "matplotlib",
+    "ale_py",
+    "safetensors",
+    "tqdm",
+    "jinja2",
+    "scipy",
+    "av",
+    "pyarrow",
+)
 
 
 def python(code: str, **environment: str) -> str:

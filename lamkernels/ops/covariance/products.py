@@ -26,7 +26,7 @@ from lamkernels.ops.simd import BITS, at, computed_type, fetch_add, stored_type,
 DEPTH = 64  # rows of a chunk, whose products are added up in fp32
 BLOCK = 128  # columns of a block: the packed chunks and the sums of a pair of blocks stay in a 1 MiB cache
 TASKS = 32  # that there are at least, where the rows suffice
-SLAB_BYTES = 1 << 22  # of packed rows
+SLAB_BYTES = 1 << 23  # of packed rows
 MERGED = 32  # rows of the result that a task merges, and columns that it mirrors at a time
 
 # int64 parameters: the left rows at LEFT and the right ones at RIGHT,
