@@ -42,10 +42,12 @@ def check(workload: Workload, inputs: Inputs, result: Mapping[str, Any], *, stri
         workload: what was run.
         inputs: what it was run on.
         result: by name, whichever of these the provider has: indices, quantized, loss, counts, sums, grad_x and
-            codebook (after the update).
-        strict: hold the indices to the numerics contract; otherwise only to a bound that any sane lookup meets.
+            codebook (after the update); or xx, xy and yy, covariances.
+        strict: hold the results to the numerics contract; otherwise only to a bound that any sane lookup meets.
     """
     x, codebook = inputs.x[0].detach(), inputs.codebook
+    if workload.op == "covariance":
+        return check_covariances(x, workload.K, result, strict=strict)
     got = {name: torch.as_tensor(value).detach().to(x.device) for name, value in result.items()}
     indices = inputs.indices[0]
     verdict = Check("")
@@ -60,6 +62,23 @@ def check(workload: Workload, inputs: Inputs, result: Mapping[str, Any], *, stri
         return verdict
     errors = [f"{name} is off by {error:.1e}" for name, error in _errors(x, codebook, indices, got) if not error <= 1.0]
     return verdict._replace(error="; ".join(errors))
+
+
+def check_covariances(x: Tensor, lag: int, result: Mapping[str, Any], *, strict: bool) -> Check:
+    """The relative Frobenius error of covariances of x (N, D) and of its rows ``lag`` later, by the fp64 ones."""
+    contract = {"cpu": 1e-7, "cuda": 1e-6}[x.device.type] if x.dtype == torch.float32 else TOLERANCE
+    first, second = (rows.double() - rows.double().mean(0) for rows in (x[: x.shape[0] - lag], x[lag:]))
+    factors = {"xx": (first, first), "xy": (first, second), "yy": (second, second)}
+    wrong, kept = [], True
+    for name, value in result.items():
+        left, right = factors[name]
+        expected = left.T @ right / (left.shape[0] - 1)
+        size = (left.square().sum() * right.square().sum()).sqrt() / (left.shape[0] - 1) / x.shape[1] ** 0.5
+        error = float((torch.as_tensor(value).to(expected) - expected).norm() / size)
+        kept &= error <= contract
+        if not error <= (contract if strict else TOLERANCE):
+            wrong.append(f"{name} is off by {error:.1e}")
+    return Check("; ".join(wrong), contract=kept, checked_rows=x.shape[0])
 
 
 def check_indices(x: Tensor, codebook: Tensor, indices: Tensor, *, strict: bool) -> Check:

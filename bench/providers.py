@@ -22,6 +22,7 @@ from torch.nn import functional
 import lamkernels
 from lamkernels.backend import available_backends, resolve
 
+from . import covariances
 from .check import DECAY, EPS
 from .workloads import DTYPES, Inputs, Workload
 
@@ -127,6 +128,7 @@ def _ours(backend: Any) -> dict[str, Prepare]:
         "vector_quantize": vector_quantize,
         "train_step": train_step,
         "code_statistics": code_statistics,
+        "covariance": covariances.ours(backend),
     }
 
 
@@ -420,7 +422,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider("numba-exact", "ours", {"nearest_code": _lookup("numba", "exact")}, "numba", "numba"),
         Provider("triton", "ours", _ours("triton"), "triton", "triton"),
         Provider("reference", "baseline", _ours("reference"), "lamkernels", "lamkernels"),
-        Provider("eager", "peer", _torch(compiled=False), "torch", "torch"),
+        Provider("eager", "peer", _torch(compiled=False) | {"covariance": covariances.eager}, "torch", "torch"),
         Provider("cdist", "peer", {"nearest_code": _cdist}, "torch", "torch", dtypes=FP32, score_matrices=2),
         Provider("compile", "peer", _torch(compiled=True), "torch", "torch", score_matrices=2),
         Provider(
@@ -443,6 +445,7 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider("faiss", "peer", {"nearest_code": _faiss}, "faiss-cpu", "faiss", CPU, FP32),
         Provider("sklearn", "peer", {"nearest_code": _sklearn}, "scikit-learn", "sklearn", CPU, FP32),
+        Provider("deeptime", "peer", {"covariance": covariances.deeptime}, "deeptime", "deeptime", CPU, FP32),
         Provider("onedal", "peer", {"nearest_code": _onedal}, "scikit-learn-intelex", "daal4py", CPU, FP32),
     )
 }

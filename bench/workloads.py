@@ -4,6 +4,7 @@ Suites:
 
 - "lam": the launch-bound sizes of latent action models, a few hundred rows and a handful of codes;
 - "tokenizer": the sizes of video tokenizers and of labelling runs, bound by memory or by products;
+- "moments": covariances of representations, plain and of rows one step apart;
 - "memory": the peak extra memory of a forward at a size where an N×K matrix of fp32 scores is 8 GiB.
 """
 
@@ -16,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OPS = ("nearest_code", "vector_quantize", "train_step", "code_statistics")
-SUITES = ("lam", "tokenizer", "memory")
+CODE_OPS = ("nearest_code", "vector_quantize", "train_step", "code_statistics")
+OPS = (*CODE_OPS, "covariance")
+SUITES = ("lam", "tokenizer", "memory", "moments")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -29,9 +31,10 @@ class Workload:
         suite: the suite it belongs to, or "custom".
         op: "nearest_code": indices; "vector_quantize": the forward, with losses and statistics; "train_step": forward,
             ``(q.square().mean() + loss.sum()).backward()`` and the EMA update of the codebook; "code_statistics":
-            counts and sums of given indices.
+            counts and sums of given indices; "covariance": of x, or with K > 0 also of the rows K steps later and of
+            the two.
         N: rows.
-        K: codes.
+        K: codes, or the lag.
         D: the size of a row.
         dtype: of x and the codebook.
         devices: where it is run; the largest ones are for GPUs only.
@@ -66,6 +69,8 @@ class Workload:
     def flops(self) -> int:
         """The operations that no exact method avoids: the products of the lookup and the sums of the statistics."""
         lookup, statistics = 2 * self.N * self.K * self.D, self.N * self.D
+        if self.op == "covariance":  # half of the symmetric one, all of the other; that of the later rows is shared
+            return self.N * self.D**2 * (3 if self.K else 1)
         if self.op == "nearest_code":
             return lookup
         if self.op == "code_statistics":
@@ -80,6 +85,8 @@ class Workload:
         """The traffic of a method that reads each input once and writes each output once, with int64 indices."""
         indices, codebook = 8 * self.N, self.K * self.D * self.torch_dtype.itemsize
         statistics = 8 * self.K + 4 * self.K * self.D
+        if self.op == "covariance":
+            return self.row_bytes + self.output_bytes
         if self.op == "nearest_code":
             return self.row_bytes + codebook + indices
         if self.op == "code_statistics":
@@ -95,6 +102,8 @@ class Workload:
     def output_bytes(self) -> int:
         """What a forward has to return: indices, and for vector_quantize the quantised rows and the statistics."""
         indices, statistics = 8 * self.N, 8 * self.K + 4 * self.K * self.D
+        if self.op == "covariance":
+            return 8 * self.D**2 * (3 if self.K else 1)
         if self.op == "nearest_code":
             return indices
         return statistics if self.op == "code_statistics" else indices + self.row_bytes + statistics + 8
@@ -132,11 +141,12 @@ def make_inputs(workload: Workload, device: str, *, buffers: int = 1, threads: i
 
     codebook = normal(workload.K, workload.D)
     x = [normal(workload.N, workload.D) for _ in range(buffers)]
-    indices = [torch.randint(workload.K, (workload.N,), generator=generator, device=device) for _ in x]
+    indices = [torch.randint(max(1, workload.K), (workload.N,), generator=generator, device=device) for _ in x]
     return Inputs(x, codebook, indices, threads)
 
 
 LAM_SHAPES = ((256, 8, 32), (540, 6, 32), (256, 16, 128), (1024, 64, 16))
+MOMENT_SHAPES = ((200000, 64), (50000, 512), (20000, 2048))
 LOOKUP_SHAPES = ((65536, 8, 32), (65536, 64, 16), (262144, 16, 128), (65536, 1024, 64), (16384, 8192, 256))
 STEP_SHAPES = ((65536, 8, 32), (65536, 64, 16), (65536, 1024, 64))
 GPU_LOOKUPS = (  # the sizes at which GPU libraries published their times
@@ -150,11 +160,12 @@ GPU_LOOKUPS = (  # the sizes at which GPU libraries published their times
 )
 
 WORKLOADS: tuple[Workload, ...] = (
-    *(Workload("lam", op, *shape) for op in OPS for shape in LAM_SHAPES),
+    *(Workload("lam", op, *shape) for op in CODE_OPS for shape in LAM_SHAPES),
     *(Workload("tokenizer", "nearest_code", *shape) for shape in LOOKUP_SHAPES),
-    *(Workload("tokenizer", op, *shape) for op in OPS[1:] for shape in STEP_SHAPES),
+    *(Workload("tokenizer", op, *shape) for op in CODE_OPS[1:] for shape in STEP_SHAPES),
     *(Workload("tokenizer", "nearest_code", n, k, d, dtype, ("cuda",)) for n, k, d, dtype in GPU_LOOKUPS),
     Workload("tokenizer", "vector_quantize", 1048576, 16, 128, devices=("cuda",)),
+    *(Workload("moments", "covariance", n, lag, d) for n, d in MOMENT_SHAPES for lag in (0, 1)),
     *(Workload("memory", op, 262144, 8192, 32, measure="memory") for op in ("nearest_code", "vector_quantize")),
 )
 

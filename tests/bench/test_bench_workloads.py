@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lamkernels.bench.peaks import Peaks
-from lamkernels.bench.workloads import OPS, SUITES, WORKLOADS, Workload, make_inputs, select
+from lamkernels.bench.workloads import CODE_OPS, SUITES, WORKLOADS, Workload, make_inputs, select
 
 
 def test_lookup_model_counts_each_byte_and_product_once():
@@ -19,7 +19,7 @@ def test_half_precision_halves_the_rows_and_not_the_indices():
 
 
 def test_forward_model_adds_output_losses_and_statistics():
-    lookup, forward, step = (Workload("custom", op, 1000, 10, 4) for op in OPS[:3])
+    lookup, forward, step = (Workload("custom", op, 1000, 10, 4) for op in CODE_OPS[:3])
     assert forward.flops - lookup.flops == (1 + 3) * 1000 * 4
     assert forward.bytes - lookup.bytes == 4 * 1000 * 4 + 8 * 10 + 4 * 10 * 4
     assert step.bytes - forward.bytes == 7 * 4 * 1000 * 4 + 3 * (8 * 10 + 4 * 10 * 4)
@@ -38,6 +38,12 @@ def test_output_bytes_are_those_of_the_real_outputs(op):
     assert abs(workload.output_bytes - real) <= 4  # the losses
 
 
+def test_a_lagged_covariance_adds_a_full_product():
+    plain, lagged = (Workload("moments", "covariance", 1000, lag, 10) for lag in (0, 1))
+    assert plain.flops == 1000 * 10 * 10 and lagged.flops == 3 * plain.flops
+    assert plain.bytes == 4 * 1000 * 10 + 8 * 10 * 10
+
+
 def test_roofline_takes_the_nearer_ceiling():
     peaks = Peaks(bandwidth=100.0, flops=10.0)
     assert peaks.seconds(bytes_moved=500, flops=10) == 5.0
@@ -53,7 +59,7 @@ def test_suites_hold_the_promised_sizes():
     assert (1048576, 65536, 128) in shapes("tokenizer", "cuda")
     assert shapes("memory", "cpu") == {(262144, 8192, 32)}
     assert {w.suite for w in WORKLOADS} == set(SUITES)
-    assert {w.op for w in WORKLOADS if w.suite == "lam"} == set(OPS)
+    assert {w.op for w in WORKLOADS if w.suite == "lam"} == set(CODE_OPS)
 
 
 def test_given_shapes_replace_those_of_the_suite():
