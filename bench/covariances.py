@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lamkernels.moments import moments
+from lamkernels.joint_moments import moments
 
 from .workloads import Inputs, Workload
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from lamkernels import ops as _ops  # noqa: F401  (registers the operators)
 from lamkernels._version import __version__
 from lamkernels.backend import BackendStatus, available_backends
+from lamkernels.covariance import Covariance
 from lamkernels.functional import VQOutput, code_statistics, lookup, nearest_code, vector_quantize
+from lamkernels.joint_moments import Moments, moments, off_diagonal_covariance_loss
 from lamkernels.lookup_free import (
     LFQOutput,
     finite_scalar_codes,
@@ -26,7 +28,9 @@ __all__ = [
     "FSQ",
     "LFQ",
     "BackendStatus",
+    "Covariance",
     "LFQOutput",
+    "Moments",
     "SimVQ",
     "VQOutput",
     "VectorQuantize",
@@ -39,7 +43,9 @@ __all__ = [
     "lookup",
     "lookup_free_codes",
     "lookup_free_quantize",
+    "moments",
     "nearest_code",
+    "off_diagonal_covariance_loss",
     "vector_quantize",
 ]
 

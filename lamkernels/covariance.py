@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lamkernels.accumulate import Columns, RowBuffer, Totals, empty_totals, merge_, pack, unpack, writable
 from lamkernels.backend import resolve
-from lamkernels.moments import PRECISIONS, MomentsPrecision, moments
+from lamkernels.joint_moments import PRECISIONS, MomentsPrecision, moments
 from lamkernels.row_schema import RowSchema, check_equal, check_extras, layout
 from lamkernels.validation import BACKENDS, Backend, check_number, check_option
 
@@ -33,7 +33,7 @@ class Covariance:
     """The mean and the covariance of a stream of rows, of two streams, or of a stream and its own future.
 
     Rows are gathered into blocks of a size that depends on the dimensions only; each block is centred and multiplied by
-    :func:`lamkernels.moments.moments`, and merged in fp64 (Chan, Golub & LeVeque 1983). So a stream that arrives in
+    :func:`lamkernels.moments`, and merged in fp64 (Chan, Golub & LeVeque 1983). So a stream that arrives in
     other batches gives the same bits, a large mean costs no accuracy, and memory is O(D² + block·D). Reading a result
     changes nothing. A row (with y or a lag: a pair) that is not finite is left out, and so is one of weight 0.
 
@@ -46,7 +46,7 @@ class Covariance:
             of tensors and are joined in this order. With a lag h, ``"o_next"`` names block "o" of the later row.
         dim_y: E, the entries of a second row that comes with each row of x; not with named blocks or a lag.
         lag: h ≥ 1, the distance of the rows of a pair, in rows.
-        precision: "default", or "exact" for fp64 products within a block (:func:`lamkernels.moments.moments`).
+        precision: "default", or "exact" for fp64 products within a block (:func:`lamkernels.moments`).
         device: of the state; None means that of the first rows. With several processes on GPUs, name it: a process
             may get no rows.
         backend: "auto", "reference", "numba", "triton" or "cuda". An explicit one never falls back.

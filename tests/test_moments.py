@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lamkernels.moments import Moments, moments, off_diagonal_covariance_loss
+from lamkernels.joint_moments import Moments, moments, off_diagonal_covariance_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TOLERANCE = {torch.float64: 1e-14}  # relative Frobenius error; 1e-7 for the others
