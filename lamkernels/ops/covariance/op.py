@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lamkernels.ops.covariance.reference import effective_weights, pairs
-from lamkernels.ops.registration import NAMESPACE, register
+from lamkernels.ops.registration import register, register_gradient
 
 
 def _fake(x: Tensor, y: Tensor | None, _weights: Tensor | None, lag: int, _precision: str) -> tuple[Tensor, ...]:
@@ -76,4 +76,4 @@ def _centred(rows: Tensor, mean: Tensor, computed: torch.dtype) -> Tensor:
     return (rows.to(computed) - near) - (mean[:, None] - near.double()).to(computed)
 
 
-torch.library.register_autograd(f"{NAMESPACE}::covariance", _backward, setup_context=_setup_context)
+register_gradient("covariance", _backward, _setup_context)
