@@ -91,21 +91,25 @@ def moments(
             return first, Scatter(first.weight, *none[:2]), none[2], largest
         second, other = scatter(y, weights, exact)
         return first, second, cross(x, y, first, second, weights, exact), max(largest, other)
-    rows = x.shape[0]
-    left, right = x[: max(rows - lag, 0)], x[min(lag, rows) :]
-    w = x.new_ones(left.shape[0], dtype=torch.float64) if weights is None else weights
-    as_first, as_second = torch.nn.functional.pad(w, (0, rows - len(w))), torch.nn.functional.pad(w, (rows - len(w), 0))
     # what a row weighs in both roles counts once for both, and what it weighs in one alone is added: no cancellation
-    shared = torch.minimum(as_first, as_second)
-    common, largest = scatter(x, shared, exact)
+    rows, count = x.shape[0], max(x.shape[0] - lag, 0)
+    alone: list[tuple[Tensor, Tensor | None, Tensor | None]]
+    if weights is None:
+        common, largest = scatter(x[lag:count], None, exact)
+        alone = [(x[: min(lag, count)], None, None), (x[max(lag, count) :], None, None)]
+    else:
+        roles = [torch.nn.functional.pad(weights, ends) for ends in ((0, rows - count), (rows - count, 0))]
+        shared = torch.minimum(*roles)
+        common, largest = scatter(x, shared, exact)
+        places = [(role > shared).nonzero()[:, 0] for role in roles]
+        alone = [(x, (role - shared)[place], place) for role, place in zip(roles, places, strict=True)]
     scatters = []
-    for role in (as_first, as_second):
-        numbers = (role > shared).nonzero()[:, 0]
-        rest, other = scatter(x, (role - shared)[numbers], exact, numbers)
+    for own, weight, numbers in alone:
+        rest, other = scatter(own, weight, exact, numbers)
         scatters.append(common.merged(rest))
         largest = max(largest, other)
     first, second = scatters
-    return first, second, cross(left, right, first, second, weights, exact), largest
+    return first, second, cross(x[:count], x[rows - count :], first, second, weights, exact), largest
 
 
 def cross(x: Tensor, y: Tensor, first: Scatter, second: Scatter, weights: Tensor | None, exact: bool) -> Tensor:
