@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from triton_cases import replayed
 
-from lamkernels.moments import moments, off_diagonal_covariance_loss
+from lamkernels.joint_moments import moments, off_diagonal_covariance_loss
 
 pytestmark = [
     pytest.mark.gpu,
