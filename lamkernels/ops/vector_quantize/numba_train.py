@@ -83,6 +83,7 @@ def _train_step(p):
 
 
 CPU = torch.device("cpu")  # named, because another device may be the default
+STORED_AS = {torch.float32: (torch.float32, torch.bfloat16, torch.float16), torch.float64: (torch.float64,)}
 TrainArray, BackwardArray = ctypes.c_int64 * TRAIN, ctypes.c_int64 * BACKWARD
 
 
@@ -102,7 +103,7 @@ def _plan(
     decay: float, eps: float, precision: str,
 ) -> Plan | None:  # fmt: skip
     """None where the step is too large for one call, or for tensors that the kernel cannot take."""
-    accepted = (computed,) if computed != torch.float32 else (computed, torch.bfloat16, torch.float16)
+    accepted = STORED_AS.get(computed, ())  # averages in half precision are refused elsewhere
     if not 0 < rows * num_codes * dim <= MAX_WORK or stored not in accepted:
         return None
     item, work = computed.itemsize, rows * num_codes * dim
