@@ -43,6 +43,11 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Plain matrix products, in fp32 (fp64 for fp64 rows): they are differentiable again."""
     x, y, weights, total, mean_x, mean_y = ctx.saved_tensors
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if y is None and weights is None and not ctx.lag:  # the regulariser of every training step
+        a = _centred(x, mean_x, computed)
+        share = grads[1][:, None] / total.clamp(min=1.0)[:, None, None]
+        grad = a @ (grads[3] + grads[3].transpose(1, 2)).to(computed) + share.to(computed)
+        return grad.masked_fill(~x.isfinite().all(-1, keepdim=True), 0.0).to(x.dtype), None, None, None, None, None
     first, second = pairs(x, y, ctx.lag)
     weight, inside = effective_weights(first.detach(), second.detach(), weights)
     a, b = (
