@@ -194,6 +194,14 @@ class Covariance:
         return self._device
 
     @property
+    def rounding(self) -> float:
+        """The most that rounding can be of a covariance: 2⁻¹⁸, with fp64 products (exact, or fp64 rows) 2⁻⁴⁰.
+
+        Reached by rows of few distinct values only; of continuous ones it is about 1e-7.
+        """
+        return 2.0**-40 if self.precision == "exact" or self._dtype == torch.float64 else 2.0**-18
+
+    @property
     def count(self) -> int:
         """How many rows (with a lag: pairs) are in: finite ones of positive weight."""
         return int(self._results()["count"])
@@ -254,7 +262,7 @@ class Covariance:
 
         An accumulator that loads it goes on as this one would, to the last bit.
         """
-        state = {"config": torch.tensor(list(json.dumps(self._config()).encode()), dtype=torch.uint8)}
+        state = {"config": torch.tensor(list(json.dumps(self._config()).encode()), dtype=torch.uint8, device="cpu")}
         for prefix, part in (("own", self._own), ("common", self._common), ("pending", self._rows.pending())):
             state |= {f"{prefix}.{name}": tensor.clone() for name, tensor in part.items()}
         return state

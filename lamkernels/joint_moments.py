@@ -66,7 +66,8 @@ def moments(
         lag: h ≥ 1, in place of y: the pairs are (x_t, x_{t+h}), N − h of them. Rows are shared, not copied; yy is xx
             but for the rows that are in pairs of different weight.
         weights: (N,), with a lag (N − h,): bool or floating, not negative; None means that all are 1.
-        precision: "default", relative Frobenius error about 1e-7 on a CPU and 1e-6 on a GPU, or "exact", fp64 products.
+        precision: "default", relative Frobenius error about 1e-7 on a CPU and 1e-6 on a GPU for continuous data and at
+            most 2⁻¹⁸ for any; or "exact", fp64 products.
             float64 rows are multiplied in fp64 either way.
         backend: as for :func:`lamkernels.nearest_code`.
 

@@ -147,7 +147,7 @@ def check_extras(weights: object, starts: object, lag: int | None, like: Tensor)
     """The columns that go with N rows: "weights" (N,) fp64 and "starts" (N,) bool, those that are given.
 
     Raises:
-        TypeError: one is no tensor, or starts is not bool.
+        TypeError: one is no tensor, weights is complex, or starts is not bool.
         ValueError: a shape, a device or a weight does not fit, or starts is given without a lag.
     """
     extras: Columns = {}
@@ -162,6 +162,8 @@ def check_extras(weights: object, starts: object, lag: int | None, like: Tensor)
             raise ValueError(f"{name} is on {column.device}; it must be on {like.device}, as x")
         extras[name] = column
     if "weights" in extras:
+        if extras["weights"].is_complex():
+            raise TypeError(f"weights is {extras['weights'].dtype}; it must be real numbers or bool")
         extras["weights"] = extras["weights"].double()
         if not ((extras["weights"] >= 0) & extras["weights"].isfinite()).all():
             raise ValueError("weights has entries that are negative or not finite; they must be finite and at least 0")

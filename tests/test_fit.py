@@ -136,6 +136,7 @@ def test_what_does_not_fit_is_reported_and_skipped(tmp_path, capsys):
         (["{good}", "--num-actions", "2"], "an action is 2; integer actions must be in [-1, 1]"),
         (["{plain}", "--action-weight", "1"], "has no actions"),
         (["{good}", "--rows", "pixels"], "no rows could be read"),
+        (["{good}", "--actions", "moves"], "but not moves for the actions"),
     ],
 )
 def test_wrong_arguments_are_explained(tmp_path, capsys, arguments, message):

@@ -660,3 +660,26 @@ def test_moments_that_are_not_finite_are_refused():
     broken.forms["o_next"] = broken.forms["o_next"] * math.nan
     with pytest.raises(ValueError, match="covariance of o_next and o holds NaN"):
         LinearLAM(2).fit(broken)
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing_by_being_empty():
+    o, o_next = torch.randn(50, 4), torch.randn(50, 4)
+    model = LinearLAM(2).fit(o, o_next)
+    z, state = model.encode(o, o_next), model.state_dict()
+    for bad in ({}, {name: value for name, value in state.items() if name != "B"}):
+        with pytest.raises(RuntimeError, match="Missing key"):
+            LinearLAM(2).fit(o, o_next).load_state_dict(bad)
+    with pytest.raises(RuntimeError, match="latent_dim is 2"):
+        LinearLAM(2).load_state_dict(LinearLAM(4).fit(o, o_next).state_dict())
+    model.load_state_dict({}, strict=False)
+    assert torch.equal(model.encode(o, o_next), z)
+    assert not LinearLAM(2).load_state_dict({}).missing_keys
+
+
+def test_an_accumulator_is_not_believed_below_its_rounding():
+    Covariance = pytest.importorskip("lamkernels.covariance").Covariance
+    b = torch.rand(40000, 4, generator=generator()).lt(0.3).float()
+    o = 0.1 * torch.cat([b, b[:, :1] + b[:, 1:2], b[:, 2:3] + b[:, 3:]], 1)  # rank 4
+    for precision in ("default", "exact"):
+        moments = Covariance({"o": 6}, lag=1, precision=precision).update({"o": o})
+        assert LinearLAM(2).fit(moments).observation_rank == 4

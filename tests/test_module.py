@@ -282,6 +282,20 @@ def test_buffers_of_any_layout_train_alike(layout):
     assert (wide[:, 8:] == 7).all()
 
 
+@pytest.mark.parametrize("rows", [32, 40000], ids=["one call", "operators"])
+def test_second_derivatives_are_refused_and_gradients_come_in_batches(rows):
+    vq, x = lk.VectorQuantize(8, 16, backend="numba"), torch.randn(rows, 8, requires_grad=True)
+    assert (vq._plan_one_call(x) is not None) is (rows == 32)
+    quantized, _, loss = vq(x)
+    grads = torch.randn(2, rows, 8)
+    (batched,) = torch.autograd.grad(quantized, x, grads, is_grads_batched=True, retain_graph=True)
+    assert torch.equal(batched, grads)
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    torch.testing.assert_close(first, torch.autograd.grad(loss, x, retain_graph=True)[0])
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        first.square().sum().backward()
+
+
 def test_autograd_notices_the_update_of_a_small_step():
     for rows in (32, 40000):
         vq, h = lk.VectorQuantize(8, 16), torch.randn(4, 8, requires_grad=True)

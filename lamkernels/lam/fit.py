@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _process_group():
             results = fit(config, out, restart=restart, checkpoint_seconds=seconds)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     if results is not None:
@@ -176,7 +176,10 @@ def fit(
         return None
     fitted, held_out = moments["fitted"], moments["held_out"]
     if fitted.count < 2:
-        raise ValueError(f"{fitted.count} pairs of rows could be read; a fit needs at least 2")
+        raise ValueError(
+            f"{fitted.count} pairs of rows are in, of {progress.rows} rows that this process read; a fit needs at "
+            "least 2. Rows that are not finite, and episodes no longer than the lag, make none"
+        )
     model = LinearLAM(config.latent_dim, action_weight=config.action_weight, rtol=config.rtol).fit(fitted)
     results = measure(model, fitted, held_out)
     results = {
@@ -261,7 +264,10 @@ def _blocks(config: FitConfig) -> dict[str, int]:
     for index in range(len(config.sources)):
         source = _source(config, index)
         for batch in source:
-            actions = {} if batch.actions is None else {"a": _action_rows(config, batch.actions).shape[1]}
+            try:
+                actions = {} if batch.actions is None else {"a": _action_rows(config, batch.actions).shape[1]}
+            except _UnfitError as error:
+                raise ValueError(f"{batch.source}: {error}") from error
             if config.action_weight > 0 and not actions:
                 raise ValueError(f"action_weight is {config.action_weight}, and {batch.source} has no actions")
             return {"o": batch.rows.shape[1]} | actions
@@ -301,7 +307,7 @@ def _action_rows(config: FitConfig, actions: Tensor) -> Tensor:
         return actions.reshape(len(actions), -1).float()
     numbers = actions.reshape(-1).long()
     if len(numbers) and not -1 <= int(numbers.min()) <= int(numbers.max()) < config.num_actions:
-        raise ValueError(
+        raise _UnfitError(
             f"an action is {int(numbers.max() if numbers.max() >= config.num_actions else numbers.min())}; integer "
             f"actions must be in [-1, {config.num_actions - 1}]: --num-actions"
         )
@@ -321,7 +327,10 @@ def _save(path: Path, stamp: str, moments: dict[str, Covariance], progress: Prog
 
 
 def _resume(path: Path, stamp: str, moments: dict[str, Covariance]) -> Progress:
-    states, metadata = load_tensors(path)
+    try:
+        states, metadata = load_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; --restart forgets it") from error
     if metadata.get("fit") != stamp:
         raise ValueError(f"{path} is of another fit, or a source has changed since; --restart forgets it")
     for name, part in moments.items():

@@ -57,6 +57,9 @@ class LinearLAM(nn.Module):
     - ``representation`` P replaces o and o' by P o and P o'; what P removes can no longer leak. "multi-step" takes P
       from :func:`lamkernels.lam.multi_step.multi_step_projection`.
 
+    A :class:`lamkernels.Covariance` is not believed below its ``rounding``: accumulate with ``precision="exact"`` what
+    changes little from one observation to the next.
+
     Covariances may be singular: directions whose variance is below a share ``rtol`` of the largest are left out, and
     the ranks say how many remain.
 
@@ -209,18 +212,20 @@ class LinearLAM(nn.Module):
     def _solve(self, moments: JointMoments, actions: JointMoments, label_share: float) -> None:
         _check_finite(moments)
         self.o_mean, self.o_next_mean = moments.mean["o"], moments.mean["o_next"]
+        rounding = getattr(moments, "rounding", 0.0)  # of an accumulator
+        rtol, innovation_rtol = max(self.rtol, rounding), max(self.innovation_rtol, rounding)
         P = self._projection(actions)
         if P is not None:
             projected: dict[str, dict[str, Tensor | None]] = {"o": {"o": P}, "o_next": {"o_next": P}}
             moments, actions = DerivedMoments(moments, projected), DerivedMoments(actions, projected)
-        W, observation_rank = _regression_of_change(moments, "o_next", "o", self.rtol)
+        W, observation_rank = _regression_of_change(moments, "o_next", "o", rtol)
         target, context, A = "o_next", "o", W
         if self.cross_view:
             target, context = "o_next_view", "o_view"
-            A, _ = _regression_of_change(moments, target, context, self.rtol)
+            A, _ = _regression_of_change(moments, target, context, rtol)
         innovations = DerivedMoments(moments, {"e": {"o_next": None, "o": -W}, "y": {target: None, context: -A}})
         whole = moments.covariance("o_next", "o_next")
-        T = whitening(innovations.covariance("e", "e"), self.innovation_rtol, whole)  # (r_e, d_e)
+        T = whitening(innovations.covariance("e", "e"), innovation_rtol, whole)  # (r_e, d_e)
         gains = [T @ innovations.covariance("e", "y")]  # T Σ_ey, the reconstruction first
         for name, weight, source in (
             ("a", self.action_weight * label_share, actions),
@@ -228,7 +233,7 @@ class LinearLAM(nn.Module):
         ):
             if weight > 0:
                 innovation = DerivedMoments(source, {"e": {"o_next": None, "o": -W}})
-                partial = ConditionalMoments(innovation, "o", self.rtol).covariance("e", name)
+                partial = ConditionalMoments(innovation, "o", rtol).covariance("e", name)
                 gains.append(weight**0.5 * (T @ partial))
         U, S, _ = torch.linalg.svd(torch.cat(gains, 1), full_matrices=False)
         found = S[: self.latent_dim].square()
@@ -361,12 +366,26 @@ class LinearLAM(nn.Module):
         value: Tensor = getattr(self, name)
         return value
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Makes room for tensors whose shapes only the data knew."""
-        for name in BUFFERS:
-            value = state_dict.get(prefix + name)
-            setattr(self, name, None if value is None else torch.empty_like(value))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Makes room for tensors whose shapes only the data knew; a state without any leaves the fit alone."""
+        given = {name: state_dict[prefix + name] for name in BUFFERS if prefix + name in state_dict}
+        if given:
+            latent_dim = len(given.get("D", range(self.latent_dim)))
+            if latent_dim != self.latent_dim:
+                error_msgs.append(f"{prefix}D has {latent_dim} rows; this model's latent_dim is {self.latent_dim}")
+                return
+            absent = [name for name in BUFFERS if name not in given and getattr(self, name) is None]
+            missing_keys += [prefix + name for name in absent if name != "P"]
+            for name, value in given.items():
+                setattr(self, name, torch.empty_like(value))
+            if "P" not in given:
+                self.P = None
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 def _sample_moments(

@@ -98,8 +98,8 @@ class Source:
         check_integer("side", side)
         check_integer("batch_entries", batch_entries)
         self._side, self._batch_entries = side, batch_entries
-        own = {"rows": rows, "actions": actions}
-        self._names = {kind: NAMES[kind] if own.get(kind) is None else (str(own[kind]),) for kind in NAMES}
+        self._asked = {kind: name for kind, name in (("rows", rows), ("actions", actions)) if name is not None}
+        self._names = {kind: (self._asked[kind],) if kind in self._asked else NAMES[kind] for kind in NAMES}
         self._single = rows is None  # then a single array is taken whatever its name
         self._sources = expanded(paths)
         self._games = {
@@ -152,6 +152,9 @@ class Source:
         }
         if single and self._single and len(there) == 1:
             chosen = {"rows": there[0]}
+        for kind, name in self._asked.items():
+            if name not in there:
+                raise ValueError(f"it holds {', '.join(there) or 'nothing'}, but not {name} for the {kind}")
         if "rows" not in chosen:
             raise ValueError(f"it holds {', '.join(there) or 'nothing'}, but not {' or '.join(self._names['rows'])}")
         return chosen
@@ -195,7 +198,7 @@ def _files(path: str) -> list[str]:
     if path.startswith("atari:"):
         return [path]
     if Path(path).is_dir():
-        files = sorted(str(file) for file in Path(path).iterdir() if file.suffix in KINDS)
+        files = sorted(str(file) for file in Path(path).iterdir() if file.suffix in KINDS and file.is_file())
         if not files:
             raise ValueError(f"the folder {path} has no file of the kinds {', '.join(KINDS)}")
         return files

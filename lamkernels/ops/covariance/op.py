@@ -35,14 +35,15 @@ covariance = register(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, weights, ctx.lag, *_ = inputs
+    x, y, weights, ctx.lag, ctx.precision, _ = inputs
     ctx.save_for_backward(x, y, weights, *output[:3])
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """Plain matrix products, in fp32 (fp64 for fp64 rows): they are differentiable again."""
+    """Plain matrix products, in fp32 (fp64 for fp64 rows and exact ones): they are differentiable again."""
     x, y, weights, total, mean_x, mean_y = ctx.saved_tensors
-    computed = torch.float64 if x.dtype == torch.float64 else torch.float32
+    exact = x.dtype == torch.float64 or ctx.precision == "exact"
+    computed = torch.float64 if exact else torch.float32
     if y is None and weights is None and not ctx.lag:  # the regulariser of every training step
         a = _centred(x, mean_x, computed)
         share = grads[1][:, None] / total.clamp(min=1.0)[:, None, None]

@@ -36,6 +36,7 @@ from lamkernels.ops.vector_quantize.numba import (
     quantize_chunks,
     sums_by_chunk,
 )
+from lamkernels.ops.vector_quantize.op import vector_quantize_backward
 
 MAX_WORK = 1 << 22  # N·K·D up to which a call's cost counts
 
@@ -190,8 +191,33 @@ class TrainStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_quantized: Tensor | None, _: None, grad_loss: Tensor | None) -> Any:
-        run = _refusing if torch.is_grad_enabled() else _backward
+        given = [grad for grad in (grad_quantized, grad_loss) if grad is not None]
+        # the operator refuses second derivatives, and has a batching rule
+        run = _backward if not torch.is_grad_enabled() and all(map(_has_memory, given)) else _by_operator
         return run(ctx, grad_quantized, grad_loss), None, None, None, None
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """A batch of gradients under vmap has none."""
+    try:
+        return tensor.data_ptr() is not None
+    except RuntimeError:
+        return False
+
+
+def _by_operator(ctx: Any, grad_quantized: Tensor | None, grad_loss: Tensor | None) -> Tensor:
+    x, quantized, indices = ctx.saved_tensors
+    dim, device = x.shape[-1], x.device
+    computed = torch.float64 if x.dtype == torch.float64 else torch.float32
+    no_sums, zero = torch.zeros(1, 1, dim, dtype=computed, device=device), torch.zeros(1, dtype=computed, device=device)
+    grad_x, _ = vector_quantize_backward(
+        x.reshape(1, -1, dim), quantized.reshape(1, -1, dim), indices.reshape(1, -1), no_sums,
+        torch.tensor([ctx.rows_in], device=device), None,
+        None if grad_quantized is None else grad_quantized.reshape(1, -1, dim),
+        zero if grad_loss is None else grad_loss.reshape(1), zero, "l2", "ste", "numba",
+    )  # fmt: skip
+    gradient: Tensor = grad_x.reshape(x.shape)
+    return gradient
 
 
 def _backward(ctx: Any, grad_quantized: Tensor | None, grad_loss: Tensor | None) -> Tensor:
@@ -215,9 +241,6 @@ def _backward(ctx: Any, grad_quantized: Tensor | None, grad_loss: Tensor | None)
     array[16], array[18] = ctypes.addressof(rows_in), grad_x.data_ptr()
     entry(compiled(backward, x.dtype))(ctypes.addressof(array))
     return grad_x
-
-
-_refusing = torch.autograd.function.once_differentiable(_backward)  # what it returns has no gradient of its own
 
 
 def _as_rows(x: Tensor, dim: int) -> Tensor:
