@@ -26,6 +26,7 @@ from lamkernels.lam.files import load_tensors, replacing, save_tensors, write_te
 from lamkernels.lam.fit_report import measure, summary
 from lamkernels.lam.linear import LinearLAM
 from lamkernels.lam.sources import Batch, Source, expanded
+from lamkernels.validation import check_integer, check_number, check_weight
 
 SEGMENT = 256  # rows that go to one process and to one side of the split; no pair crosses the border of two segments
 HELD_OUT = 5  # every fifth segment is
@@ -58,14 +59,11 @@ class FitConfig:
     rtol: float = 1e-5
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a number is out of range."""
+        """Raises TypeError or ValueError where a number is not one or out of range."""
         for name in ("latent_dim", "lag", "side", "num_actions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.action_weight < float("inf"):
-            raise ValueError(f"action_weight is {self.action_weight}; it must be at least 0 and finite")
-        if not 0 <= self.rtol < 1:
-            raise ValueError(f"rtol is {self.rtol}; it must be at least 0 and below 1")
+            check_integer(name, getattr(self, name))
+        check_weight("action_weight", self.action_weight)
+        check_number("rtol", self.rtol, lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 
 @dataclass(frozen=True)

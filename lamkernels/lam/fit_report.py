@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from lamkernels.covariance import Covariance
-from lamkernels.lam.blocks import ConditionalMoments, DerivedMoments, JointMoments
+from lamkernels.lam.blocks import ConditionalMoments, DerivedMoments
 from lamkernels.lam.linear import LinearLAM
-from lamkernels.lam.linear_metrics import action_recovery, partial_r2, probe_r2
+from lamkernels.lam.linear_metrics import action_recovery, mean_square, partial_r2, probe_r2
 
 
 def measure(model: LinearLAM, fitted: Covariance, held_out: Covariance) -> dict[str, Any]:
@@ -27,11 +27,11 @@ def measure(model: LinearLAM, fitted: Covariance, held_out: Covariance) -> dict[
         "recovery" (share of the action that z explains), the same "held_out" by a ridge probe, "unexplained_latent"
         (share of z that the action does not explain: what leaks is part of it), and that "by_dimension".
     """
-    error = {"error": _error(model)}
+    on_fitted, on_held_out = (DerivedMoments(moments, {"error": _error(model)}) for moments in (fitted, held_out))
     losses = {
         "fit": model.loss,
         "optimal": model.optimal_loss,
-        "held_out": _mean_square(fitted, held_out, error) if held_out.count > 1 else None,
+        "held_out": mean_square(on_fitted, on_held_out, "error") if held_out.count > 1 else None,
         "without_latent": float(ConditionalMoments(fitted, "o").covariance("o_next", "o_next").trace()),
         "copy": _copy_loss(fitted),
     }
@@ -56,15 +56,7 @@ def _error(model: LinearLAM) -> dict[str, torch.Tensor | None]:
     return {"o_next": model.B @ model.D - identity, "o": model.A + model.B @ model.C}
 
 
-def _mean_square(fitted: JointMoments, other: JointMoments, error: dict[str, Any]) -> float:
-    """E‖error‖² of rows whose means are not those that the fit took off."""
-    (name,) = error
-    derived, before = DerivedMoments(other, error), DerivedMoments(fitted, error)
-    offset = derived.mean[name] - before.mean[name]
-    return float(derived.covariance(name, name).trace() + offset.square().sum())
-
-
-def _copy_loss(moments: JointMoments) -> float:
+def _copy_loss(moments: Covariance) -> float:
     change = DerivedMoments(moments, {"change": {"o_next": None, "o": -torch.eye(len(moments.mean["o"])).double()}})
     return float(change.covariance("change", "change").trace() + change.mean["change"].square().sum())
 

@@ -108,10 +108,10 @@ def probe_r2(
     T = whitening(fitted.covariance(z, z), rtol, train.covariance(z, z))
     G = fitted.covariance(target, z) @ T.mT @ T / (1 + l2)
     error = {"error": {target: None, z: -G}}
-    base = _mean_square(fitted, held_out, target)
+    base = mean_square(fitted, held_out, target)
     if base <= rtol * float(test.covariance(target, target).trace()):
         return 0.0
-    return 1 - _mean_square(DerivedMoments(fitted, error), DerivedMoments(held_out, error), "error") / base
+    return 1 - mean_square(DerivedMoments(fitted, error), DerivedMoments(held_out, error), "error") / base
 
 
 def inconsistency(
@@ -214,7 +214,7 @@ def _orthonormal_rows(matrix: Tensor) -> Tensor:
     return rows
 
 
-def _mean_square(train: JointMoments, test: JointMoments, name: str) -> float:
-    """E‖error‖² on ``test`` of a block whose mean the fit on ``train`` subtracts."""
-    offset = test.mean[name] - train.mean[name]
-    return float(test.covariance(name, name).trace() + offset.square().sum())
+def mean_square(train: JointMoments, test: JointMoments, error: str) -> float:
+    """E‖error‖² of a block on ``test``, with its mean on ``train`` taken off: what a fit on ``train`` leaves there."""
+    offset = test.mean[error] - train.mean[error]
+    return float(test.covariance(error, error).trace() + offset.square().sum())

@@ -1,8 +1,8 @@
 """Runs a compiled kernel on torch's own OpenMP threads.
 
 Numba's threading layers bring a second OpenMP runtime into the process, whose idle threads spin against torch's. So
-the kernels are plain C functions of one pointer, to int64 parameters, which draw tasks from a shared
-counter until there is none left, and torch's OpenMP runtime is asked to run them: its threads, its thread count.
+the kernels are plain C functions of one pointer, to int64 parameters, which draw tasks from a shared counter until
+there is none left, and torch's OpenMP runtime is asked to run them: its threads, its thread count.
 """
 
 from __future__ import annotations

@@ -44,36 +44,32 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     x, y, weights, total, mean_x, mean_y = ctx.saved_tensors
     exact = x.dtype == torch.float64 or ctx.precision == "exact"
     computed = torch.float64 if exact else torch.float32
-    if y is None and weights is None and not ctx.lag:  # the regulariser of every training step
-        a = _centred(x, mean_x, computed)
-        share = grads[1][:, None] / total.clamp(min=1.0)[:, None, None]
-        grad = a @ (grads[3] + grads[3].transpose(1, 2)).to(computed) + share.to(computed)
-        return grad.masked_fill(~x.isfinite().all(-1, keepdim=True), 0.0).to(x.dtype), None, None, None, None, None
     first, second = pairs(x, y, ctx.lag)
     weight, inside = effective_weights(first.detach(), second.detach(), weights)
-    a, b = (
-        _centred(rows, mean, computed).masked_fill(~inside[..., None], 0.0)
-        for rows, mean in ((first, mean_x), (second, mean_y))
-    )
     share = total.where(total > 0, 1.0).reciprocal()[:, None, None]
     grad_total, *others = grads
-    shifts = [(g[:, None] * share).to(computed) for g in others[:2]]  # (H, 1, D), (H, 1, E)
+    shift_x, shift_y = ((g[:, None] * share).to(computed) for g in others[:2])  # (H, 1, D), (H, 1, E)
     xx, xy, yy = (g.to(computed) for g in others[2:])
-    # the derivatives of the sums for pairs of weight 1
-    to_first = a @ (xx + xx.transpose(1, 2)) + b @ xy.transpose(1, 2) + shifts[0]
-    to_second = b @ (yy + yy.transpose(1, 2)) + a @ xy + shifts[1]
     scale = weight.to(computed)[..., None]
-    grad_x: Tensor | None = (scale * to_first).to(x.dtype)
-    grad_y: Tensor | None = (scale * to_second).to(x.dtype) if y is not None else None
-    if ctx.lag:
-        rest = min(ctx.lag, x.shape[1])
-        grad_x = torch.nn.functional.pad(scale * to_first, (0, 0, 0, rest))
-        grad_x = (grad_x + torch.nn.functional.pad(scale * to_second, (0, 0, rest, 0))).to(x.dtype)
-    grad_weights = None
-    if weights is not None and ctx.needs_input_grad[2]:
-        both = (a * (a @ xx + shifts[0])).sum(-1) + (b * (b @ yy + a @ xy + shifts[1])).sum(-1)
-        grad_weights = ((both + grad_total[:, None]) * inside).to(weights.dtype)
-    return grad_x, grad_y, grad_weights, None, None, None
+    weighed = weights is not None and ctx.needs_input_grad[2]
+    # the derivatives of the sums for pairs of weight 1
+    a = _centred(first, mean_x, computed).masked_fill(~inside[..., None], 0.0)
+    to_first, to_weight = a @ (xx + xx.transpose(1, 2)), 0.0
+    if weighed:
+        to_weight = (a * (a @ xx + shift_x)).sum(-1)
+    grad_y: Tensor | None = None
+    if second.shape[-1]:
+        b = _centred(second, mean_y, computed).masked_fill(~inside[..., None], 0.0)
+        to_first = to_first + b @ xy.transpose(1, 2)
+        grad_y = scale * (b @ (yy + yy.transpose(1, 2)) + a @ xy + shift_y)
+        if weighed:
+            to_weight = to_weight + (b * (b @ yy + a @ xy + shift_y)).sum(-1)
+    grad_x = scale * (to_first + shift_x)
+    if ctx.lag and grad_y is not None:  # the second rows are those of x too
+        rest, pad = min(ctx.lag, x.shape[1]), torch.nn.functional.pad
+        grad_x, grad_y = pad(grad_x, (0, 0, 0, rest)) + pad(grad_y, (0, 0, rest, 0)), None
+    grad_weights = ((to_weight + grad_total[:, None]) * inside).to(weights.dtype) if weighed else None
+    return grad_x.to(x.dtype), None if grad_y is None else grad_y.to(x.dtype), grad_weights, None, None, None
 
 
 def _centred(rows: Tensor, mean: Tensor, computed: torch.dtype) -> Tensor:

@@ -155,18 +155,8 @@ def nearest_code_exact_kernel(
     head = (tl.program_id(0) // tiles).to(tl.int64)
     row = (tl.program_id(0) % tiles).to(tl.int64) * BN + tl.arange(0, BN)
     present = row < num_rows
-    index, best = scan_exactly(
-        first_entries(x + head * x_h, row, x_b, x_l, x_n),
-        x_d,
-        present,
-        codebook + head * c_h,
-        c_k,
-        num_codes,
-        dim,
-        L2,
-        BN,
-        BK,
-    )
+    rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
+    index, best = scan_exactly(rows, x_d, present, codebook + head * c_h, c_k, num_codes, dim, L2, BN, BK)
     tl.store(indices + head * num_rows + row, index.to(tl.int64), mask=present)
     if DISTANCE:
         if not L2:
