@@ -11,7 +11,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from lamkernels.ops.nearest_code.numba import FLAGS, elements, gather, place, row_strides
+from lamkernels.ops.nearest_code.numba import FLAGS, elements, row_of, row_strides
 from lamkernels.ops.parallel import compiled, launch
 from lamkernels.ops.simd import computed_type, fetch_add, stored_type, widen, words
 
@@ -46,7 +46,7 @@ def _partial_sums(p, stored, computed):
             k = indices[n]
             if k >= 0:
                 # arrays of their own, whose indices the compiler knows not to be negative: the loops are vectorised
-                row = _row(a, head, n, begin, width, staging, stored)
+                row = row_of(a, 20, head, n, begin, width, staging, stored)
                 sums = elements(a[7], (part * num_codes + k) * dim + begin, width, np.float64(0))
                 if a[5] == 0:
                     for d in range(width):
@@ -64,15 +64,6 @@ def _partial_sums(p, stored, computed):
         if fetch_add(a, 1) == a[18] - 1:
             for h in range(a[19]):
                 _merge(a, h, computed)
-
-
-@njit(**FLAGS)
-def _row(a, head, n, begin, width, staging, stored):
-    """``width`` entries of row n of a head from ``begin`` on."""
-    if a[20] == 0:
-        return elements(a[2], head * a[3] + n * a[4] + begin, width, stored)
-    gather(a[2], head * a[3] + place(n, a[4], a[20], a[21]) + begin * a[22], a[22], staging[:width], stored)
-    return staging
 
 
 @njit(**FLAGS)
@@ -112,7 +103,7 @@ def _countable_rows(p, stored):
         indices = elements(a[12], head * rows, rows, np.int64(0))
         for n in range(min(chunk * size, rows), min((chunk + 1) * size, rows)):
             check = 0.0
-            row = _row(a, head, n, 0, dim, staging, stored)
+            row = row_of(a, 20, head, n, 0, dim, staging, stored)
             for d in range(dim):
                 check += widen(row[d]) * 0.0
             indices[n] = given[n] if check == 0.0 and 0 <= given[n] < a[9] else -1

@@ -294,23 +294,23 @@ def rows_of_block(a, head, start, stop, staging, stored):
     if a[19] == 0:
         return elements(a[2], head * a[3] + start * a[4], (stop - start - 1) * a[4] + dim, stored), a[4]
     for n in range(start, stop):
-        begin = head * a[3] + place(n, a[4], a[19], a[20])
-        gather(a[2], begin, a[21], staging[(n - start) * dim : (n - start + 1) * dim], stored)
+        row_of(a, 19, head, n, 0, dim, staging[(n - start) * dim : (n - start + 1) * dim], stored)
     return staging, dim
 
 
 @njit(**FLAGS)
-def place(n, stride, group, group_stride):
-    """Where row n begins, with ``group`` rows in a group."""
-    return n // group * group_stride + n % group * stride
+def row_of(a, groups, head, n, begin, count, staging, stored):
+    """``count`` entries of row n of a head from ``begin`` on: in place, or gathered in ``staging``.
 
-
-@njit(**FLAGS)
-def gather(address, offset, step, out, stored):
-    """Copies elements ``step`` apart."""
-    source = elements(address, offset, (out.shape[0] - 1) * step + 1, stored)
-    for d in range(out.shape[0]):
-        out[d] = source[d * step]
+    ``groups`` says where in the parameters `Strides` goes on after 3 and 4.
+    """
+    if a[groups] == 0:
+        return elements(a[2], head * a[3] + n * a[4] + begin, count, stored)
+    at_row = head * a[3] + n // a[groups] * a[groups + 1] + n % a[groups] * a[4]
+    source = elements(a[2], at_row + begin * a[groups + 2], (count - 1) * a[groups + 2] + 1, stored)
+    for d in range(count):
+        staging[d] = source[d * a[groups + 2]]
+    return staging
 
 
 @njit(**FLAGS)

@@ -23,12 +23,11 @@ from lamkernels.ops.nearest_code.numba import (
     LOOKUP,
     codes_of_head,
     elements,
-    gather,
     inverse_norm,
     make_scratch,
     make_staging,
-    place,
     prepare_lookup,
+    row_of,
     row_strides,
     rows_of_block,
     scan,
@@ -249,13 +248,8 @@ def _row(a, head, n, size, staging, stored):
     over it is vectorised.
     """
     at = (head * a[8] + n) * a[10]
-    if a[26] == 0:
-        x = elements(a[2], head * a[3] + n * a[4], size, stored)
-    else:
-        gather(a[2], head * a[3] + place(n, a[4], a[26], a[27]), a[28], staging, stored)
-        x = staging
     return (
-        x,
+        row_of(a, 26, head, n, 0, size, staging, stored),
         elements(a[5], at, size, stored),
         elements(a[7], head * a[11] + n * a[12], (size - 1) * a[13] + 1, stored),
         elements(a[18], at, size, stored),
