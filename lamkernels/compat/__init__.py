@@ -1,0 +1,1 @@
+"""Drop-in forms of the bottlenecks of other projects, one module per project."""
