@@ -112,6 +112,14 @@ class VectorQuantizer2Family(Compat):
             return torch.add(commitment_loss, codebook_loss, alpha=self.beta)
         return torch.add(codebook_loss, commitment_loss, alpha=self.beta)
 
+    def _codebook_entry(self, indices: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+        if self.remap is not None:
+            if shape is None:
+                raise ValueError("shape is None; with remap it must be (b, h, w, D)")
+            indices = self.unmap_to_all(indices.reshape(shape[0], -1)).reshape(-1)
+        codes: Tensor = self.embedding(indices)
+        return codes if shape is None else codes.reshape(shape).permute(0, 3, 1, 2).contiguous()
+
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
         embedding = getattr(module, "embedding", None)

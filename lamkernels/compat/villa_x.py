@@ -112,12 +112,7 @@ class VectorQuantizer2(VectorQuantizer2Family):
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, ...] | None) -> Tensor:
         """The codes (..., D) of indices; with ``shape`` (b, h, w, D) as (b, D, h, w). ``remap`` needs the shape."""
-        if self.remap is not None:
-            if shape is None:
-                raise ValueError("shape is None; with remap it must be (b, h, w, D)")
-            indices = self.unmap_to_all(indices.reshape(shape[0], -1)).reshape(-1)
-        codes: Tensor = self.embedding(indices)
-        return codes if shape is None else codes.reshape(shape).permute(0, 3, 1, 2).contiguous()
+        return self._codebook_entry(indices, shape)
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
