@@ -32,6 +32,8 @@ class VectorQuantizer2(VectorQuantizer2Family):
         ValueError: an argument that upstream refuses, another shape, or an unknown ``unknown_index``.
     """
 
+    upstream_names = ("VectorQuantizer2",)
+
     def __init__(
         self,
         n_e: int,
@@ -65,12 +67,8 @@ class VectorQuantizer2(VectorQuantizer2Family):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        arguments = cls._arguments(module)
-        expected = ["z", "temp", "rescale_logits", "return_logits"]
-        if arguments != expected:
-            return f"its forward takes {', '.join(arguments)}; taming-transformers' takes {', '.join(expected)}"
         if hasattr(module, "setup_remap"):
-            return "it has a setup_remap, which taming-transformers' has not"
+            return "it has a setup_remap, by which Moto's differs from it"
         return super().refusal(module)
 
     def probe(self) -> tuple[Any, ...]:

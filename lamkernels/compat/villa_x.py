@@ -36,6 +36,8 @@ class VectorQuantizer2(VectorQuantizer2Family):
         ValueError: an argument that upstream refuses, a shape without rows of D, or an unknown ``unknown_index``.
     """
 
+    upstream_names = ("VectorQuantizer2",)
+
     def __init__(
         self,
         n_e: int,
@@ -116,10 +118,8 @@ class VectorQuantizer2(VectorQuantizer2Family):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        arguments = cls._arguments(module)
-        expected = ["z", "temp", "rescale_logits", "return_logits", "use_entropy_loss"]
-        if arguments != expected:
-            return f"its forward takes {', '.join(arguments)}; villa-X's takes {', '.join(expected)}"
+        if hasattr(module, "setup_remap"):
+            return "it has a setup_remap, by which Moto's differs from it"
         return super().refusal(module)
 
     def probe(self) -> tuple[Any, ...]:

@@ -287,7 +287,7 @@ def test_what_is_refused():
     incomplete = module()
     del incomplete.legacy
     for refused, reason in (
-        (stock_moto.VectorQuantizer2(8, 4, 0.25), "its forward takes z, temp, rescale_logits, return_logits; villa-X"),
+        (stock_moto.VectorQuantizer2(8, 4, 0.25), "it has a setup_remap"),
         (module(embedding=nn.Linear(4, 8)), "embedding is a Linear"),
         (module(embedding=nn.Embedding(8, 5)), "of (8, 5)"),
         (module(embedding=nn.Embedding(8, 4, sparse=True)), "sparse"),
