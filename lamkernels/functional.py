@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple, cast, overload
+from typing import Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamkernels.backend import resolve
-from lamkernels.eager import is_plain
+from lamkernels.one_call import numba_one_call, plan_one_call, rows_in_groups
 from lamkernels.ops.code_statistics.op import code_statistics as _code_statistics
 from lamkernels.ops.cosine import unit_rows
 from lamkernels.ops.nearest_code.op import nearest_code as _nearest_code
@@ -219,38 +215,39 @@ def vector_quantize(
     )
 
 
-class OneCall(NamedTuple):
-    """How a small call runs without the dispatcher: its ``plan``, and ``rows`` of x in place unless x is contiguous."""
+def quantize_with_loss(
+    x: Tensor, codebook: Tensor, commitment_weight: float, codebook_weight: float, *, metric: Metric = "l2",
+    gradient: Gradient = "ste", precision: Precision = "default", backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """:func:`vector_quantize` for modules that learn their codebook (K, D) by gradient and want no statistics.
 
-    plan: Any
-    rows: Tensor | None
+    Args:
+        x: (..., D), or any shape of whole rows, which ``quantized`` gets too.
+        codebook: (K, D).
+        commitment_weight: of the commitment loss in the loss.
+        codebook_weight: of the codebook loss in it.
+        metric: this and the rest as for :func:`vector_quantize`.
+        gradient: no "noise".
+        precision: as there.
+        backend: as there.
 
-
-def plan_one_call(
-    x: Tensor, codebook: Tensor, gradient: str, metric: str, precision: str, backend: Backend,
-    averaging: tuple[float, float] | None = None,
-) -> OneCall | None:  # fmt: skip
-    """A plan of :mod:`lamkernels.ops.vector_quantize.numba_one_call`, whose arguments these are, or None.
-
-    None in compiled code, under transforms, for other backends, and for arguments that do not fit.
+    Returns:
+        quantized, indices (...,), or (N,) for another shape, with 0 for a row that is not finite, and the loss ().
     """
-    if not is_plain(x, codebook) or not codebook.is_contiguous() or resolve(backend, "cpu") != "numba":
-        return None
-    module, rows, strides = numba_one_call(), None, None
-    if not x.is_contiguous():
-        detached = x.detach()
-        rows = _rows_in_groups(detached if codebook.ndim == 3 else detached.unsqueeze(0))
-        strides = module.row_strides(rows)
-    plan = module.plan(
-        x.shape, strides, x.dtype, codebook.shape, codebook.dtype, metric, precision, gradient, averaging
+    planned = (
+        None
+        if metric == "cosine"
+        else plan_one_call(x, codebook, gradient, metric, precision, backend, whole_rows=True)
     )
-    return None if plan is None else OneCall(plan, rows)
-
-
-@functools.cache
-def numba_one_call() -> Any:
-    """Loaded when Numba is there and a call on the CPU asks for it."""
-    return importlib.import_module("lamkernels.ops.vector_quantize.numba_one_call")
+    if planned is not None:
+        weights = commitment_weight, codebook_weight
+        step: tuple[Tensor, Tensor, Tensor] = numba_one_call().weighted_step(x, codebook, *planned, weights)
+        return step
+    rows = x if x.shape[-1] == codebook.shape[1] else x.reshape(-1, codebook.shape[1])
+    out = vector_quantize(rows, codebook, gradient=gradient, metric=metric, precision=precision, backend=backend)
+    weighted = out.commitment_loss if commitment_weight == 1 else commitment_weight * out.commitment_loss
+    loss = torch.add(weighted, out.codebook_loss, alpha=codebook_weight)
+    return out.quantized.reshape(x.shape), out.indices.clamp(min=0), loss
 
 
 def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -286,7 +283,7 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: Back
     check_integer("num_codes", num_codes)
     if x.shape[-1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; its rows must have at least 1 entry")
-    counts, sums = _code_statistics(_rows_in_groups(x.unsqueeze(0)), indices.reshape(1, -1), num_codes, backend)
+    counts, sums = _code_statistics(rows_in_groups(x.unsqueeze(0)), indices.reshape(1, -1), num_codes, backend)
     return counts.squeeze(0), sums.squeeze(0)
 
 
@@ -356,18 +353,7 @@ def _canonical(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tupl
             x, metric = _unit(x, torch.float64), "dot"
     if codebook.ndim == 2:
         x, codebook = x.unsqueeze(0), codebook.unsqueeze(0)
-    return _rows_in_groups(x), codebook, metric
-
-
-def _rows_in_groups(x: Tensor) -> Tensor:
-    """x (H, ..., D) as (H, N, D), or (H, B, N / B, D) where that spares a copy: feature maps with channels first."""
-    heads, dim = x.shape[0], x.shape[-1]
-    if x.ndim > 3 and not x.is_contiguous():
-        axes = [i for i in range(1, x.ndim - 1) if x.shape[i] != 1]
-        apart = [j for i, j in pairwise(axes) if x.stride(i) != x.shape[j] * x.stride(j)]
-        if len(apart) == 1:
-            return x.reshape(heads, math.prod(x.shape[1 : apart[0]]), math.prod(x.shape[apart[0] : -1]), dim)
-    return x.reshape(heads, math.prod(x.shape[1:-1]), dim)
+    return rows_in_groups(x), codebook, metric
 
 
 def _unit(vectors: Tensor, dtype: torch.dtype) -> Tensor:

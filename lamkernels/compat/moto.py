@@ -79,7 +79,8 @@ class VectorQuantizer2(VectorQuantizer2Family):
         positions = nearest_code(rows, self.embedding(self.used)).clamp(min=0)
         codes = self.embedding(positions)
         losses = (rows - codes.detach()).square().mean(), (codes - rows.detach()).square().mean()
-        return (rows + (codes - rows).detach()).reshape(z.shape), self._weighted(*losses), positions
+        loss = sum(weight * part for weight, part in zip(self._weights, losses, strict=True))
+        return (rows + (codes - rows).detach()).reshape(z.shape), loss, positions
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
         """The codes (..., D) of indices (...,) int64; with ``remap`` of positions (B, ...), as (N, D)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lamkernels.compat.base import Compat
-from lamkernels.functional import vector_quantize
+from lamkernels.functional import quantize_with_loss
 
 
 class VectorQuantizer2Family(Compat):
@@ -99,16 +99,13 @@ class VectorQuantizer2Family(Compat):
 
     def _quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z as quantised rows in its shape, the weighted loss () and the indices (N,) int64."""
-        rows = z if z.shape[-1] == self.e_dim else z.reshape(-1, self.e_dim)
-        out = vector_quantize(rows, self.embedding.weight)
-        loss = self._weighted(out.commitment_loss, out.codebook_loss)
-        # −1 would trip the embedding of a step that AMP is about to skip
-        return out.quantized.reshape(z.shape), loss.to(z.dtype), out.indices.reshape(-1).clamp(min=0)
+        quantized, indices, loss = quantize_with_loss(z, self.embedding.weight, *self._weights)
+        return quantized, loss if loss.dtype == z.dtype else loss.to(z.dtype), indices.reshape(-1)
 
-    def _weighted(self, commitment_loss: Tensor, codebook_loss: Tensor) -> Tensor:
-        if self.legacy:
-            return torch.add(commitment_loss, codebook_loss, alpha=self.beta)
-        return torch.add(codebook_loss, commitment_loss, alpha=self.beta)
+    @property
+    def _weights(self) -> tuple[float, float]:
+        """Of the commitment loss and of the codebook loss."""
+        return (1.0, self.beta) if self.legacy else (self.beta, 1.0)
 
     def _codebook_entry(self, indices: Tensor, shape: tuple[int, ...] | None) -> Tensor:
         if self.remap is not None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lamkernels.eager import is_plain
-from lamkernels.functional import OneCall, code_statistics, nearest_code, numba_one_call, plan_one_call, vector_quantize
+from lamkernels.functional import code_statistics, nearest_code, vector_quantize
 from lamkernels.nn.indices import module_indices
+from lamkernels.one_call import OneCall, numba_one_call, plan_one_call
 from lamkernels.ops.cosine import unit_rows
 from lamkernels.validation import (
     BACKENDS,

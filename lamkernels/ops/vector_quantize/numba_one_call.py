@@ -24,7 +24,7 @@ from lamkernels.ops.vector_quantize.numba import QUANTIZE
 from lamkernels.ops.vector_quantize.numba_plan import BackwardArray, ForwardArray, Plan, plan
 from lamkernels.ops.vector_quantize.op import vector_quantize_backward
 
-__all__ = ["plan", "quantize", "row_strides", "train_step"]
+__all__ = ["plan", "quantize", "row_strides", "train_step", "weighted_step"]
 
 KEPT = 1 << 20  # bytes of scratch that a thread keeps for its next call
 
@@ -47,11 +47,12 @@ class Scratch(threading.local):
 
 
 scratch = Scratch()
-Extras = tuple[Tensor | None, Tensor | None, Tensor | None]  # rows of x in place where x is not contiguous, mask, noise
+Extras = tuple[Tensor | None, Tensor | None, Tensor | None]
+NO_STATISTICS: Extras = (None, None, None)
 
 
 def _forward(
-    x: Tensor, codebook: Tensor, plan: Plan, extras: Extras, statistics: tuple[Tensor, Tensor, Tensor] | None,
+    x: Tensor, codebook: Tensor, plan: Plan, extras: Extras, statistics: Extras,
     averages: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int]:  # fmt: skip
     """Runs the plan.
@@ -60,17 +61,17 @@ def _forward(
         x: (..., D).
         codebook: (K, D) or (H, K, D), contiguous.
         plan: for these.
-        extras: tensors that not every call has.
-        statistics: where counts, sums and residual sums go, or None if nobody wants them.
+        extras: the rows of x in place where x is not contiguous, mask, noise; None for what a call has not.
+        statistics: where counts, sums and residual sums go; None for one that nobody wants.
         averages: cluster sizes and code sums, to be updated with the codebook.
 
     Returns:
-        quantized, indices, the two losses (the second with statistics), the codes where they are not ``quantized``, and
+        quantized, indices, the two losses (the second with the counts), the codes where they are not ``quantized``, and
         how many rows are in.
     """
     (rows, mask, noise), stored = extras, x.dtype
     quantized = _empty_like(x)
-    indices = quantized.new_empty(x.shape[:-1], dtype=torch.int64)
+    indices = quantized.new_empty(plan.leading, dtype=torch.int64)
     loss = codebook.new_empty(())
     stored_codes = codebook if stored == codebook.dtype else codebook.to(stored)
     memory = scratch.take(plan.scratch)
@@ -86,16 +87,11 @@ def _forward(
         array[LOOKUP + 14], array[LOOKUP + 15] = noise.data_ptr(), codes.data_ptr()
     array[QUANTIZE] = array[QUANTIZE + 1] = loss.data_ptr()
     array[QUANTIZE + 3] = base
-    if statistics is None:
-        counts_at, sums_at, residual_sums_at = plan.statistics
-        array[LOOKUP + 8], array[LOOKUP + 9], array[LOOKUP + 10] = (
-            base + counts_at, base + sums_at, base + residual_sums_at,
-        )  # fmt: skip
-    else:
-        counts, sums, residual_sums = statistics
-        array[LOOKUP + 8], array[LOOKUP + 9], array[LOOKUP + 10] = (
-            counts.data_ptr(), sums.data_ptr(), residual_sums.data_ptr(),
-        )  # fmt: skip
+    array[LOOKUP + 8], array[LOOKUP + 9], array[LOOKUP + 10] = (
+        base + offset if wanted is None else wanted.data_ptr()
+        for wanted, offset in zip(statistics, plan.statistics, strict=True)
+    )
+    if statistics[0] is not None:
         codebook_loss = codebook.new_empty(())
         array[QUANTIZE + 1] = codebook_loss.data_ptr()
     if averages is not None:
@@ -134,6 +130,18 @@ def train_step(
     return _train_step(x, codebook, sizes, code_sums, plan, rows)[0]
 
 
+def weighted_step(
+    x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, weights: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """quantized, indices (0 where a row is not finite) and the weighted sum of the commitment and codebook loss.
+
+    x is contiguous, of any shape whose entries are those of the planned rows, or has them in ``rows``.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
+        return _apply(WeightedStep, x, codebook, plan, rows, weights)  # type: ignore[no-any-return]
+    return _weighted_step(x, codebook, plan, rows, weights)[0]
+
+
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply`` without its search for function transforms, of which there are none here: see `is_plain`."""
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
@@ -152,11 +160,24 @@ def _quantize(x: Tensor, codebook: Tensor, plan: Plan, extras: Extras) -> tuple[
 def _train_step(
     x: Tensor, codebook: Tensor, sizes: Tensor, code_sums: Tensor, plan: Plan, rows: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, int]:
-    quantized, indices, loss, _, _, rows_in = _forward(x, codebook, plan, (rows, None, None), None, (sizes, code_sums))
+    quantized, indices, loss, _, _, rows_in = _forward(
+        x, codebook, plan, (rows, None, None), NO_STATISTICS, (sizes, code_sums)
+    )
     if not codebook.is_inference():
         torch.autograd.graph.increment_version((codebook, sizes, code_sums))  # autograd notices the update by it
     visible = indices if rows_in == indices.numel() else indices.clamp(min=0)
     return (quantized, visible, loss), indices, rows_in
+
+
+def _weighted_step(
+    x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, weights: tuple[float, float]
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, int]]:
+    residual_sums = torch.empty_like(codebook)
+    quantized, indices, loss, _, _, rows_in = _forward(
+        x, codebook, plan, (rows, None, None), (None, None, residual_sums), None
+    )
+    visible = indices if rows_in == indices.numel() else indices.clamp(min=0)
+    return (quantized, visible, loss.mul_(sum(weights))), (indices, residual_sums, rows_in)
 
 
 class Quantize(torch.autograd.Function):
@@ -184,6 +205,29 @@ class Quantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return *_gradient(ctx, grads[0], grads[2], grads[3]), None, None, None, None
+
+
+class WeightedStep(torch.autograd.Function):
+    """x, codebook -> quantized as x, indices, commitment_weight · commitment loss + codebook_weight · codebook loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, weights: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outputs, (indices, residual_sums, ctx.rows_in) = _weighted_step(x, codebook, plan, rows, weights)
+        quantized, visible, _ = outputs
+        ctx.plan, ctx.computed, ctx.weights = plan, codebook.dtype, weights
+        ctx.mark_non_differentiable(visible, *([quantized] if plan.options[1] == "none" else []))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, rows, quantized, indices, residual_sums, None)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_quantized: Tensor | None, _: None, grad_loss: Tensor | None) -> Any:
+        on_rows, on_codes = (
+            grad_loss if grad_loss is None or weight == 1 else grad_loss * weight for weight in ctx.weights
+        )
+        return *_gradient(ctx, grad_quantized, on_rows, on_codes), None, None, None
 
 
 class TrainStep(torch.autograd.Function):
@@ -234,12 +278,12 @@ def _by_operator(
     ctx: Any, grad_quantized: Tensor | None, grad_commitment: Tensor | None, grad_codebook_loss: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     x, _, codes, indices, residual_sums, noise = ctx.saved_tensors
-    heads = ctx.plan.heads
-    sums = x.new_zeros((heads, 1, x.shape[-1]), dtype=ctx.computed) if residual_sums is None else residual_sums
+    heads, dim = ctx.plan.heads, ctx.plan.dim
+    sums = x.new_zeros((heads, 1, dim), dtype=ctx.computed) if residual_sums is None else residual_sums
     grad_x, grad_codebook = vector_quantize_backward(
-        _in_heads(x, heads), _in_heads(codes, heads), indices.reshape(heads, -1), _in_heads(sums, heads),
-        indices.new_full((heads,), ctx.rows_in), None if noise is None else _in_heads(noise, heads),
-        None if grad_quantized is None else _in_heads(grad_quantized, heads),
+        x.reshape(heads, -1, dim), codes.reshape(heads, -1, dim), indices.reshape(heads, -1),
+        sums.reshape(heads, -1, dim), indices.new_full((heads,), ctx.rows_in),
+        *(None if rows is None else rows.reshape(heads, -1, dim) for rows in (noise, grad_quantized)),
         _of_heads(grad_commitment, heads, ctx.computed).reshape(heads),
         _of_heads(grad_codebook_loss, heads, ctx.computed).reshape(heads), *ctx.plan.options, "numba",
     )  # fmt: skip
@@ -250,12 +294,13 @@ def _in_one_call(
     ctx: Any, grad_quantized: Tensor | None, grad_commitment: Tensor | None, grad_codebook_loss: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     x, rows, codes, indices, residual_sums, noise = ctx.saved_tensors
-    plan, dim = ctx.plan, x.shape[-1]
+    plan, dim = ctx.plan, ctx.plan.dim
     grad_x, grad_codebook, pull = _empty_like(x), None, None
     array = BackwardArray.from_buffer_copy(plan.backward)
     array[2], array[5], array[6] = (x if rows is None else rows).data_ptr(), codes.data_ptr(), indices.data_ptr()
     if grad_quantized is not None:
-        grad = grad_quantized if grad_quantized.ndim == 2 == plan.heads + 1 else _in_heads(grad_quantized, plan.heads)
+        as_rows = grad_quantized.ndim == 2 and grad_quantized.shape[1] == dim and plan.heads == 1
+        grad = grad_quantized if as_rows else grad_quantized.reshape(plan.heads, -1, dim)
         if grad.stride(-1) not in (0, 1):
             grad = grad.contiguous()
         array[7] = grad.data_ptr()
@@ -278,10 +323,6 @@ def _in_one_call(
         sum_rows(pull.view(plan.heads, -1, dim), indices.view(plan.heads, -1), None, counts, pulls, None)
         grad_codebook -= pulls.view(grad_codebook.shape)
     return grad_x, grad_codebook
-
-
-def _in_heads(rows: Tensor, heads: int) -> Tensor:
-    return rows.reshape(heads, -1, rows.shape[-1])
 
 
 def _of_heads(grad: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:

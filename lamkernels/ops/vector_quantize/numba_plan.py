@@ -110,7 +110,9 @@ class Plan(NamedTuple):
     call: Callable[[int], None]
     kernel_backward: Any
     backward_tasks: int
+    leading: torch.Size  # of the indices
     heads: int
+    dim: int
     options: tuple[str, str]  # metric and gradient
 
 
@@ -174,5 +176,5 @@ def plan(
     return Plan(
         forward, backward_array, scratch, (at["counts"], at["sums"], at["residual sums"]), tasks,
         heads * rows * num_codes * dim, kernel, entry(kernel), compiled(backward, stored),
-        heads * (-(-rows // chunk) + 1), heads, (metric, gradient),
+        heads * (-(-rows // chunk) + 1), shape[:-1], heads, dim, (metric, gradient),
     )  # fmt: skip
