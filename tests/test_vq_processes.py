@@ -1,0 +1,420 @@
+"""VectorQuantize across processes: every rank has the same codebook, that of one process with the joined batch."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import lamkernels as lk
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of fork and spawn, not ours
+
+STEPS, ROWS, DIM, CODES = 24, 30, 4, 12
+LEARNS = {"init": "kmeans", "dead_code_threshold": 0.6, "decay": 0.5}
+EXACT = {"backend": "reference", **LEARNS}  # adds in fp64; other backends add x − c
+
+
+def grid(step, rank):
+    """Whole numbers, so that sums are exact in any order, from a few places only, so that codes die."""
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    places = 40.0 * torch.randint(-2, 3, (ROWS, 1), generator=generator) * ((step // 6) % 3)
+    return places + torch.randint(-9, 10, (ROWS, DIM), generator=generator).float()
+
+
+def uneven(step, rank):
+    """Rank 1 has nothing in every third step, rank 0 rows that are not finite, and the number of rows differs."""
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    x = torch.randn(0 if rank == 1 and step % 3 == 0 else 20 + 7 * rank, DIM, generator=generator)
+    if rank == 0:
+        x[:5] = torch.nan
+    return x
+
+
+def restless(step, rank):
+    """The same, about places that come and go, so that codes die."""
+    return uneven(step, rank) + 10.0 * ((step // 4) % 3) * torch.tensor([1.0, -1.0, 1.0, 0.0])
+
+
+def joined(batch, world):
+    return lambda step, rank: torch.cat([batch(step, r) for r in range(world)])
+
+
+def state(module):
+    """A copy of the state, of which nothing is sharded."""
+    full = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in module.state_dict().items()}
+    return {name: value.detach().clone() for name, value in full.items()}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives, whoever calls them from Python and however."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.namespace in ("c10d", "_c10d_functional")
+        return function(*args, **(kwargs or {}))
+
+
+def collectives(run):
+    """What the run returns, and how many collectives it made."""
+    with Collectives() as mode:
+        result = run()
+    return result, mode.count
+
+
+def train(vq, batch, rank, steps=STEPS):
+    """The state after each step, and how many collectives each made."""
+    states, counts = [], []
+    for step in range(steps):
+        _, count = collectives(lambda step=step: vq(batch(step, rank)))
+        states.append(state(vq))
+        counts.append(count)
+    return {"states": states, "counts": counts}
+
+
+class Model(nn.Module):
+    """An encoder and a bottleneck."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.encoder = nn.Linear(DIM, DIM)
+        self.vq = lk.VectorQuantize(DIM, CODES, **options)
+        self.made = []  # collectives of the bottleneck, for each forward
+
+    def forward(self, x):
+        h = self.encoder(x)
+        (quantized, indices, loss), count = collectives(lambda: self.vq(h))
+        self.made.append(count)
+        return quantized.square().mean() + loss, h, indices
+
+
+def fit(model, optimizer, batches):
+    """One step of the optimiser, on the mean loss of the batches."""
+    optimizer.zero_grad()
+    for x in batches:
+        (model(x)[0] / len(batches)).backward()
+    optimizer.step()
+
+
+def train_model(batch, rank, wrap=lambda model: model, steps=STEPS, **options):
+    torch.manual_seed(7)
+    model = Model(**options)
+    wrapped = wrap(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
+    for step in range(steps):
+        fit(wrapped, optimizer, [batch(step, rank)])
+    return {"state": state(model), "made": model.made}
+
+
+def smooth(step, rank):
+    return torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(1000 * rank + step))
+
+
+def accumulate(batch, rank, world=1, wrap=lambda model: model, checkpointed=False, alone=False, **options):
+    """Two micro-batches of each rank for a step (of one process: as many of each rank), then one update."""
+    torch.manual_seed(7)
+    model = Model(ema_update="manual", dead_code_threshold=0.6, decay=0.5, **options)
+    wrapped, vq = wrap(model), model.vq
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
+    updates = []
+    run = (lambda x: checkpoint(wrapped, x, use_reentrant=False)) if checkpointed else wrapped
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        micro = [batch(2 * step + i, r) for r in (range(world) if alone else [rank]) for i in range(2)]
+        counts, sums, rows = 0, 0, []
+        for i, x in enumerate(micro):
+            last = i == len(micro) - 1
+            with nullcontext() if last or not hasattr(wrapped, "no_sync") else wrapped.no_sync():
+                loss, h, indices = run(x)
+                (loss / len(micro)).backward()
+            part = vq.code_statistics(h, indices)
+            counts, sums = counts + part[0], sums + part[1]
+            rows.append(h.detach())
+        optimizer.step()
+        updates.append(collectives(lambda c=counts, s=sums, r=rows: vq.update_codebook(c, s, torch.cat(r)))[1])
+    return {"state": state(model), "made": model.made, "updates": updates}
+
+
+def ddp(model, **options):
+    return DistributedDataParallel(model, **options)
+
+
+def quiet_ddp(model):
+    return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def sharded(model):
+    return fully_shard(model)
+
+
+def fsdp_gradient(rank=None, world=1):
+    """Dead codes of a sharded codebook, after the optimiser's step; and what a forward that rewrites them says."""
+    batch = joined(smooth, world) if rank is None else smooth
+    torch.manual_seed(7)
+    model = Model(update="gradient", ema_update="manual", dead_code_threshold=0.6, decay=0.5)
+    refused = [Model(update="gradient", **{name: LEARNS[name]}) for name in ("init", "dead_code_threshold")]
+    messages = []
+    if distributed.is_initialized():
+        for other in (model, *refused):
+            fully_shard(other)
+        for other in refused:
+            try:
+                other(smooth(0, rank))
+            except NotImplementedError as error:
+                messages.append(str(error))
+            other.eval()(smooth(0, rank))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss, h, indices = model(batch(step, rank))
+        loss.backward()
+        optimizer.step()
+        model.vq.update_codebook(*model.vq.code_statistics(h, indices), h.detach())
+    codebook = model.vq.codebook
+    return {
+        "messages": messages,
+        "sharded": isinstance(codebook, DTensor),
+        "codebook": codebook.full_tensor() if isinstance(codebook, DTensor) else codebook.detach(),
+        "cluster_size": model.vq.cluster_size,
+    }
+
+
+def work(rank, world, folder):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    late = lk.VectorQuantize(DIM, CODES, health=lk.CodebookHealth(CODES), **EXACT)  # before there are processes
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    result = {}
+    torch.manual_seed(1)  # of the rows that k-means starts from
+    result["grid"] = train(late, grid, rank) | {"health": late.health.read(), "all": late.health.read_all()}
+    result["evaluation"] = collectives(lambda: late.eval()(grid(0, rank)))[1]
+    for name, (options, batch) in SETTINGS.items():
+        torch.manual_seed(2)
+        result[name] = train(lk.VectorQuantize(DIM, CODES, **options), batch, rank)
+
+    torch.manual_seed(3)
+    nothing_yet = lk.VectorQuantize(DIM, CODES, **LEARNS)
+    nowhere = [torch.empty(0, DIM), torch.full((3, DIM), torch.nan)]
+    nothing_yet(nowhere[rank % 2])
+    result["k-means waits"] = bool(nothing_yet.initialized)
+    nothing_yet(torch.empty(0, DIM) if rank == 0 else smooth(0, rank))  # the rank whose seed counts has no row
+    result["k-means"] = state(nothing_yet)
+
+    pair = distributed.new_group([0, 1])
+    torch.manual_seed(4)
+    part = lk.VectorQuantize(DIM, CODES, process_group=pair, **EXACT)
+    assert part.process_group is pair and copy.deepcopy(part).process_group is pair
+    result["pair"] = train(part, grid, rank)
+
+    counted = lk.CodebookHealth(CODES)
+    counted.update(torch.full((CODES,), rank))
+    result["counted"] = counted.read_all(), counted.read_all(), counted.read()
+    watched = lk.VectorQuantize(DIM, CODES, update="gradient", health=lk.CodebookHealth(CODES))
+    torch.manual_seed(5)
+    watched.reset_parameters()
+    result["watched"] = collectives(lambda: watched(smooth(0, rank)))[1], watched.health.read()
+
+    for name, (wrap, options) in WRAPPED.items():
+        result[f"model {name}"] = train_model(smooth, rank, wrap, **options)
+    for name, options in ACCUMULATED.items():
+        result[f"manual {name}"] = accumulate(smooth, rank, **options)
+    result["sharded"] = fsdp_gradient(rank)
+
+    torch.manual_seed(6)
+    model = Model(init="kmeans")
+    if rank == 0:
+        model.vq.load_state_dict(late.state_dict())
+    ddp(model)(smooth(0, rank))
+    result["checkpoint"] = state(model.vq)
+    torch.save(result, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+SETTINGS = {  # name: options, batch
+    "numba": ({"backend": "numba", **LEARNS}, smooth),
+    "reference": ({"backend": "reference", **LEARNS}, smooth),
+    "cosine": ({"metric": "cosine", **LEARNS}, smooth),
+    "gradient": ({"update": "gradient", **LEARNS}, smooth),
+    "uneven": ({"init": "kmeans", "decay": 0.5}, uneven),
+    "uneven dead": (LEARNS, restless),
+}
+WRAPPED = {  # name: wrapper, options
+    "ddp": (ddp, {"dead_code_threshold": 0.6, "decay": 0.5}),
+    "quiet ddp": (quiet_ddp, {"dead_code_threshold": 0.6, "decay": 0.5}),
+    "fsdp": (sharded, {"dead_code_threshold": 0.6, "decay": 0.5}),
+    "gradient ddp": (ddp, {"update": "gradient"}),
+    "gradient fsdp": (sharded, {"update": "gradient"}),
+    "gradient ddp, dead codes": (ddp, {"update": "gradient", "dead_code_threshold": 0.6, "decay": 0.5}),
+}
+ACCUMULATED = {
+    "accumulated": {"wrap": quiet_ddp},
+    "checkpointed": {"wrap": quiet_ddp, "checkpointed": True},
+    "fsdp, checkpointed": {"wrap": sharded, "checkpointed": True},
+    "gradient": {"wrap": quiet_ddp, "update": "gradient"},
+}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def runs(request, tmp_path_factory):
+    """The number of processes, and what each of them saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(work, (request.param, folder), nprocs=request.param)
+    return request.param, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+
+
+def assert_equal_states(found, wanted):
+    for step, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            assert torch.equal(value, b[name]), (step, name)
+
+
+def alone(options, batch, world, seed):
+    """The states of one process that trains on the joined batches."""
+    torch.manual_seed(seed)
+    vq = lk.VectorQuantize(DIM, CODES, **options)
+    return vq, train(vq, joined(batch, world), 0)
+
+
+def test_exact_sums_make_every_rank_the_one_process_to_the_last_bit(runs):
+    world, results = runs
+    vq = lk.VectorQuantize(DIM, CODES, health=lk.CodebookHealth(CODES), **EXACT)
+    torch.manual_seed(1)
+    expected = train(vq, joined(grid, world), 0)["states"]
+    for result in results:
+        assert_equal_states(result["grid"]["states"], expected)
+        assert result["grid"]["health"] == result["grid"]["all"] == vq.health.read()
+    assert vq.health.read().replaced > CODES
+
+
+def test_a_step_makes_one_collective_and_evaluation_none(runs):
+    _, results = runs
+    for result in results:
+        for name in ("grid", *SETTINGS):
+            first, *others = result[name]["counts"]
+            assert first == 2 + 10 + 1 and set(others) == {1}, name  # the first has k-means
+        assert result["evaluation"] == 0
+        for name in ACCUMULATED:
+            assert set(result[f"manual {name}"]["updates"]) == {1} and set(result[f"manual {name}"]["made"]) == {0}, (
+                name
+            )
+        for name, (_, options) in WRAPPED.items():
+            needed = options.get("update") != "gradient" or "dead_code_threshold" in options
+            assert result[f"model {name}"]["made"] == [int(needed)] * STEPS, name
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_rank_is_the_one_process_to_rounding(runs, name):
+    world, results = runs
+    options, batch = SETTINGS[name]
+    for result in results[1:]:
+        assert_equal_states(result[name]["states"], results[0][name]["states"])
+    if name == "uneven dead":  # which codes are replaced, and by what, depends on how rows lie on the ranks
+        return
+    _, expected = alone(options, batch, world, 2)
+    for found, wanted in zip(results[0][name]["states"], expected["states"], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found["cluster_size"], wanted["cluster_size"])  # of counts, which are exact
+
+
+def test_codes_are_replaced_by_rows_of_any_rank(runs):
+    world, results = runs
+    replaced, owners = 0, set()
+    for step, found in enumerate(results[0]["uneven dead"]["states"]):
+        new = found["codebook"][found["cluster_size"] == torch.tensor(LEARNS["dead_code_threshold"])]
+        same = (new[:, None] == joined(restless, world)(step, 0)).all(-1)
+        assert same.any(1).all()
+        owners |= {rank for rank in range(world) if (new[:, None] == restless(step, rank)).all(-1).any()}
+        replaced += len(new)
+    assert replaced > CODES and owners == set(range(world))
+
+
+def test_kmeans_waits_for_a_row_and_takes_those_of_any_rank(runs):
+    world, results = runs
+    torch.manual_seed(3)
+    vq = lk.VectorQuantize(DIM, CODES, **LEARNS)
+    vq(torch.full((3, DIM), torch.nan))
+    vq(torch.cat([smooth(0, rank) for rank in range(1, world)]))
+    for result in results:
+        assert not result["k-means waits"]
+        assert_equal_states([result["k-means"]], [results[0]["k-means"]])
+        assert result["k-means"]["initialized"]
+        torch.testing.assert_close(result["k-means"]["codebook"].mean(0), vq.codebook.mean(0), rtol=0, atol=0.5)
+
+
+def test_a_group_of_some_processes(runs):
+    world, results = runs
+    torch.manual_seed(4)
+    vq = lk.VectorQuantize(DIM, CODES, **EXACT)
+    expected = train(vq, joined(grid, 2), 0)["states"]
+    for result in results[:2]:
+        assert_equal_states(result["pair"]["states"], expected)
+    if world == 3:  # who is not in the group is alone, and asks nobody
+        torch.manual_seed(4)
+        outside = train(lk.VectorQuantize(DIM, CODES, **EXACT), grid, 2)["states"]
+        assert_equal_states(results[2]["pair"]["states"], outside)
+        assert set(results[2]["pair"]["counts"]) == {0}
+
+
+def test_health_over_processes(runs):
+    world, results = runs
+    rows = CODES * sum(range(world))
+    for rank, result in enumerate(results):
+        first, second, own = result["counted"]
+        assert first == second == lk.HealthReport(1.0, pytest.approx(CODES), 0, 0, rows, world)
+        assert own.rows == CODES * rank
+        made, report = result["watched"]
+        assert made == 1 and report == results[0]["watched"][1] and report.rows == world * ROWS
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrapped_models_train_as_one_process(runs, name):
+    world, results = runs
+    wanted = train_model(joined(smooth, world), 0, **WRAPPED[name][1])["state"]
+    for result in results:
+        found = result[f"model {name}"]["state"]
+        assert_equal_states([found], [results[0][f"model {name}"]["state"]])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ACCUMULATED)
+def test_one_update_for_many_batches(runs, name):
+    world, results = runs
+    options = {k: v for k, v in ACCUMULATED[name].items() if k != "wrap"}
+    wanted = accumulate(smooth, None, world, alone=True, **options)["state"]
+    for result in results:
+        found = result[f"manual {name}"]["state"]
+        assert_equal_states([found], [results[0][f"manual {name}"]["state"]])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sharded_codebook_is_rewritten_between_forwards_only(runs):
+    world, results = runs
+    wanted = fsdp_gradient(world=world)
+    assert not wanted["sharded"]
+    for result in results:
+        found = result["sharded"]
+        assert found["sharded"] and len(found["messages"]) == 2
+        assert all("cannot rewrite a sharded codebook" in message for message in found["messages"])
+        for name in ("codebook", "cluster_size"):
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
+            assert torch.equal(found[name], results[0]["sharded"][name])
+
+
+def test_a_checkpoint_that_rank_0_read_and_ddp_broadcast(runs):
+    _, results = runs
+    for result in results:
+        assert_equal_states([result["checkpoint"]], [results[0]["checkpoint"]])
+        assert result["checkpoint"]["initialized"]
