@@ -20,7 +20,7 @@ import lamkernels as lk
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of fork and spawn, not ours
 
 STEPS, ROWS, DIM, CODES = 24, 30, 4, 12
-LEARNS = {"init": "kmeans", "dead_code_threshold": 0.6, "decay": 0.5}
+LEARNS = {"init": "kmeans", "dead_code_threshold": 2.61, "decay": 0.5}
 EXACT = {"backend": "reference", **LEARNS}  # adds in fp64; other backends add x − c
 
 
