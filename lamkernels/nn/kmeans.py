@@ -23,7 +23,7 @@ def kmeans(
     """The codes that Lloyd's iterations reach from rows drawn at random, without replacement while there are enough.
 
     All processes return the same bits, after ``2 + iterations`` all_reduces. The rows drawn are those that one process
-    with the joined batch and rank 0's state of torch's generator would draw. The host waits for the device, once.
+    with the joined batch and rank 0's state of torch's generator would draw. The host waits for the device.
 
     Args:
         rows: (N, D) finite; the processes may have different N, or 0.
