@@ -18,7 +18,7 @@ from lamkernels.lookup_free import (
     lookup_free_codes,
     lookup_free_quantize,
 )
-from lamkernels.nn import FSQ, LFQ, SimVQ, VectorQuantize
+from lamkernels.nn import FSQ, LFQ, CodebookHealth, HealthReport, SimVQ, VectorQuantize
 
 if TYPE_CHECKING:
     from lamkernels import lam
@@ -28,7 +28,9 @@ __all__ = [
     "FSQ",
     "LFQ",
     "BackendStatus",
+    "CodebookHealth",
     "Covariance",
+    "HealthReport",
     "LFQOutput",
     "Moments",
     "SimVQ",

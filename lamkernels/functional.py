@@ -218,11 +218,12 @@ def vector_quantize(
 def quantize_with_loss(
     x: Tensor, codebook: Tensor, commitment_weight: float, codebook_weight: float, *, metric: Metric = "l2",
     gradient: Gradient = "ste", precision: Precision = "default", backend: Backend = "auto",
+    whole_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """:func:`vector_quantize` for modules that learn their codebook (K, D) by gradient and want no statistics.
 
     Args:
-        x: (..., D), or any shape of whole rows, which ``quantized`` gets too.
+        x: (..., D).
         codebook: (K, D).
         commitment_weight: of the commitment loss in the loss.
         codebook_weight: of the codebook loss in it.
@@ -230,20 +231,21 @@ def quantize_with_loss(
         gradient: no "noise".
         precision: as there.
         backend: as there.
+        whole_rows: x may have any shape whose entries make whole rows; ``quantized`` gets it too.
 
     Returns:
-        quantized, indices (...,), or (N,) for another shape, with 0 for a row that is not finite, and the loss ().
+        quantized, indices (...,), or (N,) for such a shape, with 0 for a row that is not finite, and the loss ().
     """
     planned = (
         None
         if metric == "cosine"
-        else plan_one_call(x, codebook, gradient, metric, precision, backend, whole_rows=True)
+        else plan_one_call(x, codebook, gradient, metric, precision, backend, whole_rows=whole_rows)
     )
     if planned is not None:
         weights = commitment_weight, codebook_weight
         step: tuple[Tensor, Tensor, Tensor] = numba_one_call().weighted_step(x, codebook, *planned, weights)
         return step
-    rows = x if x.shape[-1] == codebook.shape[1] else x.reshape(-1, codebook.shape[1])
+    rows = x.reshape(-1, codebook.shape[1]) if whole_rows and x.shape[-1] != codebook.shape[1] else x
     out = vector_quantize(rows, codebook, gradient=gradient, metric=metric, precision=precision, backend=backend)
     weighted = out.commitment_loss if commitment_weight == 1 else commitment_weight * out.commitment_loss
     loss = torch.add(weighted, out.codebook_loss, alpha=codebook_weight)

@@ -149,20 +149,6 @@ def test_cosine_codebook_stays_useful(backend):
     assert len(indices.unique()) > 1 and loss < 1
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"update": "gradient", "dead_code_threshold": 2.0}, {"update": "gradient", "init": "kmeans"}],
-    ids=str,
-)
-def test_codebooks_that_would_drift_apart_between_processes_are_refused(monkeypatch, options):
-    monkeypatch.setattr("lamkernels.nn.vector_quantize._world_size", lambda: 2)
-    vq = lk.VectorQuantize(4, 6, **options)
-    with pytest.raises(NotImplementedError, match="does not synchronise"):
-        vq(torch.randn(3, 4))
-    vq.eval()(torch.randn(3, 4))
-    lk.VectorQuantize(4, 6, update="gradient")(torch.randn(3, 4))
-
-
 def test_masked_rows_keep_the_index_that_no_statistic_counts(backend):
     automatic = lk.VectorQuantize(4, 6, backend=backend)
     manual = lk.VectorQuantize(4, 6, ema_update="manual", backend=backend)
