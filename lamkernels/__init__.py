@@ -21,7 +21,7 @@ from lamkernels.lookup_free import (
 from lamkernels.nn import FSQ, LFQ, SimVQ, VectorQuantize
 
 if TYPE_CHECKING:
-    from lamkernels import lam
+    from lamkernels import compat, lam
 
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "code_statistics",
+    "compat",
     "finite_scalar_codes",
     "finite_scalar_quantize",
     "lam",
@@ -51,7 +52,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``lamkernels.lam`` is loaded when it is first used."""
-    if name == "lam":
-        return importlib.import_module("lamkernels.lam")
+    """``lamkernels.compat`` and ``lamkernels.lam`` are loaded when they are first used."""
+    if name in ("compat", "lam"):
+        return importlib.import_module(f"lamkernels.{name}")
     raise AttributeError(f"module 'lamkernels' has no attribute {name!r}")
