@@ -13,7 +13,12 @@ class BuildPy(build_py):
 
 
 setup(
-    packages=[*find_packages(include=["lamkernels", "lamkernels.*"]), "lamkernels.csrc", "lamkernels.bench"],
+    packages=[
+        *find_packages(include=["lamkernels", "lamkernels.*"]),
+        "lamkernels.csrc",
+        "lamkernels.bench",
+        "lamkernels.bench.stock",
+    ],
     package_dir={"lamkernels.csrc": "csrc", "lamkernels.bench": "bench"},
     package_data={"lamkernels": ["py.typed"], "lamkernels.csrc": ["*"]},
     cmdclass={"build_py": BuildPy},
