@@ -16,8 +16,9 @@ from lamkernels.compat.base import Compat
 class InPlace(nn.Module):
     """First base of the classes that :func:`fused_class` makes: they copy as they are, and pickle as upstream's."""
 
-    _upstream_class: ClassVar[type[nn.Module]]
-    _compat_class: ClassVar[type[Compat]]
+    # long names: they come before those of upstream and of the compat class
+    _lamkernels_upstream: ClassVar[type[nn.Module]]
+    _lamkernels_compat: ClassVar[type[Compat]]
 
     def _get_name(self) -> str:
         return f"{type(self).__name__} (fused)"
@@ -27,21 +28,16 @@ class InPlace(nn.Module):
         return state
 
     def __copy__(self) -> nn.Module:
-        return self._with_state(InPlace.__getstate__(self))
+        return _filled(type(self).__new__(type(self)), InPlace.__getstate__(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        inherited = getattr(self._upstream_class, "__deepcopy__", None)
+        inherited = getattr(self._lamkernels_upstream, "__deepcopy__", None)
         if inherited is not None:
             copied: nn.Module = inherited(self, memo)
             copied.__class__ = type(self)
             return copied
         memo[id(self)] = copied = type(self).__new__(type(self))  # before its state, which may refer to the module
-        return self._with_state(copy.deepcopy(InPlace.__getstate__(self), memo), copied)
-
-    def _with_state(self, state: dict[str, Any], copied: nn.Module | None = None) -> nn.Module:
-        copied = type(self).__new__(type(self)) if copied is None else copied
-        copied.__setstate__(state)  # type: ignore[no-untyped-call]
-        return copied
+        return _filled(copied, copy.deepcopy(InPlace.__getstate__(self), memo))
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         """A pickle names upstream's class, so that it opens where lamkernels is not installed."""
@@ -50,8 +46,13 @@ class InPlace(nn.Module):
         if isinstance(reduced, str):
             return reduced
         rebuild, arguments, *rest = reduced
-        made = fused_class(self._compat_class, self._upstream_class)
-        return (rebuild, tuple(self._upstream_class if a is made else a for a in arguments), *rest)
+        made = fused_class(self._lamkernels_compat, self._lamkernels_upstream)
+        return (rebuild, tuple(self._lamkernels_upstream if a is made else a for a in arguments), *rest)
+
+
+def _filled(module: nn.Module, state: dict[str, Any]) -> nn.Module:
+    module.__setstate__(state)  # type: ignore[no-untyped-call]
+    return module
 
 
 def fused_class(compat: type[Compat], upstream: type[nn.Module]) -> type[nn.Module]:
@@ -69,8 +70,8 @@ def _made(compat: Any, upstream: Any) -> type[nn.Module]:
         "__module__": upstream.__module__,
         "__qualname__": upstream.__qualname__,
         "__doc__": compat.__doc__,
-        "_upstream_class": upstream,
-        "_compat_class": compat,
+        "_lamkernels_upstream": upstream,
+        "_lamkernels_compat": compat,
     }
     made = types.new_class(
         upstream.__name__, (InPlace, compat, upstream), exec_body=lambda space: space.update(attributes)
@@ -87,9 +88,9 @@ def restore(modules: list[tuple[str, nn.Module]]) -> tuple[str, ...]:
     """
     swapped = [(name, module) for name, module in modules if isinstance(module, InPlace)]
     for name, module in swapped:
-        if type(module) is not fused_class(module._compat_class, module._upstream_class):
+        if type(module) is not fused_class(module._lamkernels_compat, module._lamkernels_upstream):
             kind = type(module).__name__
             raise ValueError(f"{name or 'the model'} became a {kind} after the swap; undo that before unswap")
     for _, module in swapped:
-        object.__setattr__(module, "__class__", module._upstream_class)
+        object.__setattr__(module, "__class__", module._lamkernels_upstream)
     return tuple(name for name, _ in swapped)

@@ -214,7 +214,7 @@ def _looks_like_a_bottleneck(kind: type) -> bool:
 def _classes_of(module: Compat) -> tuple[str, str]:
     """The upstream class and the fused one, of a swapped module or of one that was made as a fused one."""
     if isinstance(module, InPlace):
-        return _qualified(module._upstream_class), _qualified(module._compat_class)
+        return _qualified(module._lamkernels_upstream), _qualified(module._lamkernels_compat)
     return _qualified(type(module)), _qualified(type(module))
 
 

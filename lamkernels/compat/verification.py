@@ -74,6 +74,7 @@ def _run(
         fused.train(training)
         before = _state(original).keys() & _state(fused).keys()
         generator = torch.Generator().manual_seed(100 * seed + number)
+        _seed_all(original, seed)
         arguments = _varied(cast(Compat, fused).probe(), generator, scale)
         _seed_all(original, seed)
         with close_calls:
