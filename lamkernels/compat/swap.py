@@ -133,11 +133,12 @@ def _choose(
     """The fused form of a module, or None and why there is none."""
     if why := _untouchable(module, upstream, verify):
         return None, why
-    fitting, reasons = [], []
+    fitting: list[type[Compat]] = []
+    reasons: list[tuple[str, str]] = []
     for compat in known:
         if upstream.__name__ in compat.upstream_names:
             if why := _unfit(compat, module):
-                reasons.append(f"not {_qualified(compat)}: {why}")
+                reasons.append((_qualified(compat), why))
             else:
                 fitting.append(compat)
     alike = [compat for compat in fitting if _arguments(compat) == _arguments(type(module))]
@@ -146,12 +147,16 @@ def _choose(
             why = difference(module, fused_class(compat, type(module)))
             if why is None:
                 return compat, ""
-            reasons.append(f"not {_qualified(compat)}: {why}")
+            reasons.append((_qualified(compat), why))
     elif len(fitting) == 1 or len(alike) == 1:
         return (alike or fitting)[0], ""
     else:
-        reasons += [f"it may be {_qualified(compat)}, which only verify=True can tell" for compat in fitting]
-    return None, "; ".join(reasons)
+        reasons += [
+            (_qualified(compat), "it fits as others do, which only verify=True can decide") for compat in fitting
+        ]
+    if len(reasons) == 1:
+        return None, reasons[0][1]
+    return None, "; ".join(f"not {name}: {why}" for name, why in reasons)
 
 
 def _untouchable(module: nn.Module, upstream: type[nn.Module], verify: bool) -> str | None:
