@@ -19,7 +19,7 @@ setup(
         "lamkernels.bench",
         "lamkernels.bench.stock",
     ],
-    package_dir={"lamkernels.csrc": "csrc", "lamkernels.bench": "bench"},
+    package_dir={"lamkernels.csrc": "csrc", "lamkernels.bench": "bench", "lamkernels.bench.stock": "bench/stock"},
     package_data={"lamkernels": ["py.typed"], "lamkernels.csrc": ["*"]},
     cmdclass={"build_py": BuildPy},
 )

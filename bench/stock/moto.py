@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-from lamkernels.bench.stock.vector_quantizer2 import VectorQuantizer2Family
 from torch import nn
+
+from .vector_quantizer2 import VectorQuantizer2Family
 
 
 class VectorQuantizer2(VectorQuantizer2Family):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 import torch
-from lamkernels.bench.stock.vector_quantizer2 import VectorQuantizer2Family
 from torch import Tensor
 from torch.nn import functional as F
+
+from .vector_quantizer2 import VectorQuantizer2Family
 
 
 class VectorQuantizer2(VectorQuantizer2Family):

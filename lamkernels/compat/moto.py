@@ -37,6 +37,8 @@ class VectorQuantizer2(VectorQuantizer2Family):
         ValueError: an argument that upstream refuses, a shape without rows of D, or an unknown ``unknown_index``.
     """
 
+    upstream_names = ("VectorQuantizer2",)
+
     def __init__(
         self,
         n_e: int,
@@ -92,12 +94,8 @@ class VectorQuantizer2(VectorQuantizer2Family):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        arguments = cls._arguments(module)
-        expected = ["z", "temp", "rescale_logits", "return_logits"]
-        if arguments != expected:
-            return f"its forward takes {', '.join(arguments)}; Moto's takes {', '.join(expected)}"
         if not hasattr(module, "setup_remap"):
-            return "it has no setup_remap, by which Moto's differs from taming-transformers'"
+            return "it has no setup_remap, by which Moto's differs from its ancestor"
         return super().refusal(module)
 
     def probe(self) -> tuple[Any, ...]:

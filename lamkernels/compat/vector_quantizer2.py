@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from typing import Any
 
@@ -30,7 +29,6 @@ class VectorQuantizer2Family(Compat):
         embedding.weight (K, D), and with ``remap`` used (R,) int64.
     """
 
-    upstream_names = ("VectorQuantizer2",)
     embedding: nn.Embedding
     used: Tensor
     unknown_index: int | str
@@ -112,6 +110,14 @@ class VectorQuantizer2Family(Compat):
             return torch.add(commitment_loss, codebook_loss, alpha=self.beta)
         return torch.add(codebook_loss, commitment_loss, alpha=self.beta)
 
+    def _codebook_entry(self, indices: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+        if self.remap is not None:
+            if shape is None:
+                raise ValueError("shape is None; with remap it must be (b, h, w, D)")
+            indices = self.unmap_to_all(indices.reshape(shape[0], -1)).reshape(-1)
+        codes: Tensor = self.embedding(indices)
+        return codes if shape is None else codes.reshape(shape).permute(0, 3, 1, 2).contiguous()
+
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
         embedding = getattr(module, "embedding", None)
@@ -141,10 +147,6 @@ class VectorQuantizer2Family(Compat):
             if not isinstance(unknown, int) and unknown not in cls._unknown_indices():
                 return f"unknown_index is {unknown!r}; it must be one of {cls._unknown_indices()}, or an int"
         return None
-
-    @staticmethod
-    def _arguments(module: nn.Module) -> list[str]:
-        return list(inspect.signature(type(module).forward).parameters)[1:]
 
     def _probe_rows(self, *shape: int) -> Tensor:
         """Rows that spread as the codes do, from a generator of their own."""

@@ -36,6 +36,8 @@ class VectorQuantizer2(VectorQuantizer2Family):
         ValueError: an argument that upstream refuses, a shape without rows of D, or an unknown ``unknown_index``.
     """
 
+    upstream_names = ("VectorQuantizer2",)
+
     def __init__(
         self,
         n_e: int,
@@ -112,19 +114,12 @@ class VectorQuantizer2(VectorQuantizer2Family):
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, ...] | None) -> Tensor:
         """The codes (..., D) of indices; with ``shape`` (b, h, w, D) as (b, D, h, w). ``remap`` needs the shape."""
-        if self.remap is not None:
-            if shape is None:
-                raise ValueError("shape is None; with remap it must be (b, h, w, D)")
-            indices = self.unmap_to_all(indices.reshape(shape[0], -1)).reshape(-1)
-        codes: Tensor = self.embedding(indices)
-        return codes if shape is None else codes.reshape(shape).permute(0, 3, 1, 2).contiguous()
+        return self._codebook_entry(indices, shape)
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        arguments = cls._arguments(module)
-        expected = ["z", "temp", "rescale_logits", "return_logits", "use_entropy_loss"]
-        if arguments != expected:
-            return f"its forward takes {', '.join(arguments)}; villa-X's takes {', '.join(expected)}"
+        if hasattr(module, "setup_remap"):
+            return "it has a setup_remap, by which Moto's differs from it"
         return super().refusal(module)
 
     def probe(self) -> tuple[Any, ...]:
