@@ -7,7 +7,8 @@ import random
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
+from torch.nn import functional as F
 
 from lamkernels.compat.vector_quantize_pytorch import _processes
 
@@ -31,3 +32,14 @@ def last_quantizer(module: Any, device: torch.device, fixed_seed: int | None) ->
     index = chosen.randrange(module.quantize_dropout_cutoff_index, module.num_quantizers)
     multiple: int = module.quantize_dropout_multiple_of
     return index if multiple == 1 else math.ceil((index + 1) / multiple) * multiple - 1
+
+
+def padded(module: Any, indices: Tensor) -> Tensor:
+    """Indices (..., Q) of all quantisers, −1 for those that ``indices`` lacks."""
+    absent = module.num_quantizers - indices.shape[-1]
+    if absent < 0 or (absent > 0 and not module.quantize_dropout):
+        raise AssertionError(
+            f"indices has {indices.shape[-1]} quantizers on its last axis; there are {module.num_quantizers}, and only "
+            "quantize_dropout trains for fewer"
+        )
+    return F.pad(indices, (0, absent), value=-1) if absent else indices

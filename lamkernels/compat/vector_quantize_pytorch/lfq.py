@@ -20,6 +20,8 @@ _ATTRIBUTES = (
     "experimental_softplus_entropy_loss", "force_quantization_f32", "codebook",
 )  # fmt: skip
 
+_NOT_UPSTREAMS = ("self", "__class__", "factorized_entropy")
+
 
 class Return(NamedTuple):
     """quantized, indices int64 and entropy_aux_loss ()."""
@@ -103,8 +105,7 @@ class LFQ(Delegating):
         orthogonal_rotation: bool = False,
         factorized_entropy: bool = False,
     ) -> None:
-        names = ("self", "__class__", "factorized_entropy")
-        options = {name: value for name, value in locals().items() if name not in names}
+        options = {name: value for name, value in locals().items() if name not in _NOT_UPSTREAMS}
         super().__init__()
         activation = nn.Identity() if straight_through_activation is None else straight_through_activation
         if cosine_sim_project_in:
@@ -180,7 +181,8 @@ class LFQ(Delegating):
     ) -> Any:
         """A :class:`Return` for x (B, ..., D), (B, D, ...) with channels first, and a :class:`LossBreakdown` if asked.
 
-        ``mask`` (B, ...) bool says which rows are in the losses; all rows are quantised.
+        ``mask`` (B,) or (B, N) bool says which rows are in the losses; all rows are quantised. With the latter the batch
+        entropy is the sample entropy, as in upstream 1.32.0, but with ``factorized_entropy``.
         """
         moved = self._channels_first(x.ndim >= 4)
         x = x.movedim(1, -1) if moved else x
@@ -233,7 +235,7 @@ class LFQ(Delegating):
             scale=self._magnitude(),
             inv_temperature=inv_temperature,
             mask=mask,
-            codebook_entropy=self.training and self._factorized() and self.frac_per_sample_entropy == 1,
+            codebook_entropy=self.training and self._factorized(),
         )
 
     def _straight_through(self, x: Tensor, quantized: Tensor) -> Tensor:
@@ -245,27 +247,36 @@ class LFQ(Delegating):
         return quantized.detach() + (active - active.detach())
 
     def _losses(self, x: Tensor, out: LFQOutput, inv_temperature: float, mask: Tensor | None) -> LossBreakdown:
-        row_mask = None
+        """The terms for x (B, ..., C, D); the mask is (B,) or (B, N), of the rows in one axis."""
+        x = x.reshape(x.shape[0], -1, *x.shape[-2:])
+        rows = None
         if mask is not None:
-            mask = mask.reshape(*mask.shape, *(1,) * (x.ndim - 1 - mask.ndim)).expand(x.shape[:-1])
-            if mask.shape[:-1] != x.shape[:-2]:
-                raise ValueError(f"mask has shape {tuple(mask.shape)}; it must fit rows of {tuple(x.shape[:-2])}")
-            row_mask = mask
-            out = self._quantize(x, inv_temperature, row_mask)
+            if mask.shape != x.shape[: mask.ndim] or mask.ndim > 2:
+                raise ValueError(
+                    f"mask has shape {tuple(mask.shape)}; it must be {x.shape[:1]} or {tuple(x.shape[:2])}"
+                )
+            rows = mask.reshape(*mask.shape, *(1,) * (3 - mask.ndim)).expand(x.shape[:-1])
+            out = self._quantize(x, inv_temperature, rows)
         commitment = out.commitment_loss if self.commitment_loss_weight > 0 else self.zero
+        by_token = mask is not None and mask.ndim == 2
         if self.frac_per_sample_entropy < 1:  # of a random part of the rows, drawn as upstream draws it
-            rows = x if row_mask is None else x[row_mask[..., 0]]
-            rows = rows.reshape(-1, *x.shape[-2:])
-            x = rows[torch.randn(rows.shape[0]).argsort(-1) < int(rows.shape[0] * self.frac_per_sample_entropy)]
-            row_mask = None
+            x = (
+                x.flatten(0, 1)
+                if mask is None
+                else x[mask].reshape(-1, *(x.shape[2:] if not by_token else (1, x.shape[3])))
+            )
+            number = max(1, int(x.shape[0] * self.frac_per_sample_entropy))  # upstream 1.32.0 takes none, and is NaN
+            x, rows = x[torch.randn(x.shape[0]).argsort(-1) < number], None
             if self._factorized():
-                part = lookup_free_quantize(x, scale=self._magnitude(), inv_temperature=inv_temperature)
-                return LossBreakdown(part.sample_entropy, _present(part.codebook_entropy), commitment)
-        elif self._factorized():
-            return LossBreakdown(out.sample_entropy, _present(out.codebook_entropy), commitment)
-        return LossBreakdown(*self._clamped_entropies(x, inv_temperature, row_mask), commitment)
+                out = lookup_free_quantize(x, scale=self._magnitude(), inv_temperature=inv_temperature)
+        if self._factorized():
+            assert out.codebook_entropy is not None, "asked for above"
+            return LossBreakdown(out.sample_entropy, out.codebook_entropy, commitment)
+        return LossBreakdown(*self._clamped_entropies(x, inv_temperature, rows, by_token), commitment)
 
-    def _clamped_entropies(self, x: Tensor, inv_temperature: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _clamped_entropies(
+        self, x: Tensor, inv_temperature: float, mask: Tensor | None, by_token: bool
+    ) -> tuple[Tensor, Tensor]:
         """Upstream's entropies of x (..., C, D): of a row's code distribution, and of the mean distribution."""
         codes = self.maybe_l2norm(self.codebook.to(x.dtype))
         probabilities = ((2.0 * inv_temperature) * (x.flatten(0, -3) @ codes.t())).softmax(-1)
@@ -277,6 +288,8 @@ class LFQ(Delegating):
             weight = weight / weight.sum(0).clamp(min=1)
             sample = (weight * entropies).sum(0).mean()
             mean = (weight[..., None] * probabilities).sum(0)
+        if by_token:  # upstream 1.32.0 does not take the mean over the rows of such a mask
+            return sample, sample
         if _processes.world_size() > 1:
             mean = _processes.mean(mean)
         return sample, _clamped_entropy(mean).mean()
@@ -291,11 +304,6 @@ class LFQ(Delegating):
         parameter = next(self.parameters(), self.codebook)
         rows = torch.randn(2, 6, self.dim, device=self.codebook.device, dtype=parameter.dtype)
         return (rows.movedim(-1, 1) if self.channel_first else rows,)
-
-
-def _present(entropy: Tensor | None) -> Tensor:
-    assert entropy is not None, "asked for where it is read"
-    return entropy
 
 
 def _clamped_entropy(probabilities: Tensor) -> Tensor:

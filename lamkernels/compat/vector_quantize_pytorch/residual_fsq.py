@@ -83,11 +83,7 @@ class ResidualFSQ(Compat):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Scaled codes (Q, ..., D) of indices (..., Q), zero where the index is −1; fewer with the dropout only."""
-        absent = self.num_quantizers - indices.shape[-1]
-        if absent > 0:
-            if not self.quantize_dropout:
-                raise AssertionError(f"indices lack {absent} quantizers; only quantize_dropout trains for that")
-            indices = F.pad(indices, (0, absent), value=-1)
+        indices = _dropout.padded(self, indices)
         codes = [
             F.embedding(chosen.clamp(min=0), layer.implicit_codebook).masked_fill((chosen == -1)[..., None], 0.0)
             * scale
@@ -104,7 +100,9 @@ class ResidualFSQ(Compat):
         self, x: Tensor, return_all_codes: bool = False, rand_quantize_dropout_fixed_seed: int | None = None
     ) -> Any:
         """(quantized, indices (..., Q)), and all codes (Q, ..., D) where asked for."""
-        x = x.movedim(1, -1) if self.is_channel_first else x
+        space = x.shape[2:]
+        if self.is_channel_first:
+            x = x.flatten(2).transpose(1, 2)  # the layers take four axes for an image with channels first
         residual = self.project_in(x)
         clamp = self.soft_clamp_input_value
         if clamp is not None:
@@ -126,7 +124,9 @@ class ResidualFSQ(Compat):
             all_indices = F.pad(all_indices.long(), (0, self.num_quantizers - len(chosen)), value=-1)
         quantized = self.project_out(quantized)
         if self.is_channel_first:
-            quantized, all_indices = quantized.movedim(-1, 1), all_indices.movedim(-1, 1)
+            quantized, all_indices = (
+                t.transpose(1, 2).reshape(t.shape[0], -1, *space) for t in (quantized, all_indices)
+            )
         if not return_all_codes:
             return quantized, all_indices
         return quantized, all_indices, self.get_codes_from_indices(all_indices)

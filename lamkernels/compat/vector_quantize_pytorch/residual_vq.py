@@ -130,11 +130,7 @@ class ResidualVQ(Delegating):
         if self.implicit_neural_codebook:
             codes: Tensor = self._run_upstream("implicit_neural_codebook", "get_codes_from_indices", indices)
             return codes
-        absent = self.num_quantizers - indices.shape[-1]
-        if absent > 0:
-            if not self.quantize_dropout:
-                raise AssertionError(f"indices lack {absent} quantizers; only quantize_dropout trains for that")
-            indices = F.pad(indices, (0, absent), value=-1)
+        indices = _dropout.padded(self, indices)
         return torch.stack(
             [
                 F.embedding(chosen.clamp(min=0), layer._codebook.embed[0]).masked_fill((chosen == -1)[..., None], 0.0)
@@ -284,7 +280,7 @@ class GroupedResidualVQ(Delegating):
         freeze_codebook: bool = False,
         mask: Tensor | None = None,
     ) -> Any:
-        """(quantized, indices, losses), all codes (G, Q, ..., D) if asked for; (quantized, loss) with ``indices``."""
+        """(quantized, indices, losses), a tuple of all codes (Q, ..., D) if asked for; (quantized, loss) with ``indices``."""
         if x.shape[self.split_dim] != self.dim:
             raise AssertionError(f"x has shape {tuple(x.shape)}; its axis {self.split_dim} must be {self.dim}")
         given = [] if indices is None else list(indices)
@@ -306,7 +302,10 @@ class GroupedResidualVQ(Delegating):
         ]
         quantized, *others = zip(*parts, strict=True)
         joined = torch.cat(quantized, self.split_dim)
-        return (joined, sum(others[0])) if given else (joined, *(torch.stack(other) for other in others))
+        if given:
+            return joined, sum(others[0])
+        chosen, losses, *codes = others
+        return (joined, torch.stack(chosen), torch.stack(losses), *codes)
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lamkernels.compat.base import Compat
 from lamkernels.compat.vector_quantize_pytorch._upstream import missing_attributes
-from lamkernels.functional import vector_quantize
+from lamkernels.functional import lookup, vector_quantize
 from lamkernels.nn.indices import module_indices
 
 
@@ -65,8 +65,12 @@ class SimVQ(Compat):
         return codes
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes (B, ..., D) of indices (B, ...), or (B, D, ...) with channels first."""
-        codes: Tensor = self.code_transform(self.frozen_codebook[indices])
+        """Codes (B, ..., D) of indices (B, ...), or (B, D, ...) with channels first.
+
+        They are rows of the whole transformed codebook, as the forward's; upstream 1.32.0 transforms the chosen rows
+        alone, which is another codebook where the transform mixes rows, such as a batch norm.
+        """
+        codes = lookup(indices, self.codebook)
         return codes.movedim(-1, 1) if self.channel_first else codes
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
