@@ -93,10 +93,12 @@ class VectorQuantizer(Compat):
             children=("codebook",),
             tensors={"usage": ("num_latents",)},
         )
+        if found is not None:
+            return found
         codebook: Any = module.codebook
-        if found is None and codebook.num_embeddings != module.num_latents:
+        if codebook.num_embeddings != module.num_latents:
             return f"its codebook has {codebook.num_embeddings} codes; its num_latents is {module.num_latents}"
-        return found
+        return None
 
     def probe(self) -> tuple[Tensor]:
         """Random rows (2, 4, D)."""
