@@ -71,7 +71,7 @@ class VQEmbeddingEMA(Compat):
         cfg, batch = self.cfg, len(x)
         maps = x.view(batch, cfg.num_codebooks * cfg.emb_dim, cfg.num_discrete_latents, 1)
         z_q, loss, perplexity, indices = self.forward_2d(maps)
-        return z_q.view(batch, -1), loss, perplexity, indices
+        return z_q.reshape(batch, -1), loss, perplexity, indices
 
     def forward_2d(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Quantises maps x (b, codebooks·D, h, w): z_q as x, loss, perplexity, indices (b, codebooks, h, w)."""
@@ -90,7 +90,7 @@ class VQEmbeddingEMA(Compat):
             out.quantized.permute(1, 0, 3, 2).reshape(x.shape),
             self.cfg.commitment_cost * out.commitment_loss,
             torch.special.entr(usage).sum(-1).exp().sum(),
-            out.indices.clamp_(min=0).view(books, batch, height, width).permute(1, 0, 2, 3),
+            out.indices.clamp(min=0).view(books, batch, height, width).permute(1, 0, 2, 3),
         )
 
     @torch.no_grad()

@@ -3,8 +3,8 @@
 Same constructor, forward, returns, state_dict key (``codebook.weight``), indices, gradients, usage counts and random
 draws as the class of that name in UniVLA's ``latent_action_model.genie.modules.blocks`` (and its copies, such as
 Olaf-World's). Reproduced: ``usage`` counts, for each code, the rows of the first axis of x in which it appears, once a
-row; it counts in evaluation too, and in training only with ``code_restart``; a row that is not finite has index 0, is
-counted there, and gives NaN. ``z`` and ``z_q`` are computed as upstream: embedding of the indices, and x + (z − x).
+row; it counts in evaluation too, and in training only with ``code_restart``; a row that is not finite has index 0 and
+is counted there. ``z`` and ``z_q`` are as upstream: the embedding of the indices, and x + (z − x), NaN where x is.
 
 Different: ``random_restart`` draws the same codes without asking a GPU how many there are, and prints nothing. An x
 without a row axis, (D,), counts as one row (upstream raises). The distances of cdist are those of plain differences for

@@ -30,7 +30,7 @@ def taken_over(module, ours):
 
 
 def step(module):
-    outputs = module(*module.probe())
+    outputs = module(*(x.requires_grad_() for x in module.probe()))
     sum(o.sum() for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad).backward()
     return outputs
 

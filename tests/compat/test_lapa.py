@@ -47,11 +47,12 @@ def step(module, **options):
 def test_state_and_step_are_those_of_the_stock_form(code_seq_len, initialization):
     modules = pair(code_seq_len, initialization=initialization)
     torch.testing.assert_close(modules[1].state_dict(), modules[0].state_dict(), rtol=0, atol=0)
-    expected, got = both(modules, step)
+    expected, got = both(modules, lambda m: step(m.double()))
     assert got[0].shape == (3, code_seq_len, 12) and got[3].dtype == torch.int64
     assert isinstance(got[2], np.ndarray) and got[2].dtype == np.int32
     assert torch.equal(got[3], expected[3])
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
+    # the stock form measures the noise in fp32
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6, check_dtype=False)
 
 
 def test_checkpoints_load_strictly_both_ways():
@@ -71,7 +72,7 @@ def test_shapes_of_lapa_itself():
 
 
 @pytest.mark.parametrize("code_seq_len", [1, 4])
-def test_a_hundred_steps_of_training(code_seq_len):
+def test_a_hundred_steps_of_training(code_seq_len, one_thread):
     def train(module):
         module.double()  # so that rounding cannot tip an index
         optimizer = torch.optim.SGD(module.parameters(), lr=0.02, momentum=0.9)
@@ -231,7 +232,7 @@ def test_under_autocast_the_quantiser_keeps_the_precision_of_its_codebook():
     assert got[0].dtype == expected[0].dtype == torch.bfloat16
     same = got[3] == expected[3]  # upstream compares bf16 products
     assert same.sum() >= 9
-    torch.testing.assert_close(got[1].dtype, expected[1].dtype)
+    assert got[1].dtype == expected[1].dtype == torch.float32
 
 
 def test_errors():

@@ -40,7 +40,7 @@ def step(module, rows=32):
         {},
         {"num_codebooks": 1, "num_discrete_latents": 1, "emb_dim": 5, "num_embs": 7},
         {"num_codebooks": 3, "num_discrete_latents": 5, "emb_dim": 2, "decay": 0.5, "commitment_cost": 2.0},
-        {"emb_dim": 1, "num_embs": 1},
+        {"emb_dim": 2, "num_embs": 1},
     ],
     ids=str,
 )
@@ -64,7 +64,7 @@ def test_evaluation_changes_nothing():
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_hundred_steps_of_training():
+def test_a_hundred_steps_of_training(one_thread):
     data = torch.randn(100, 64, 24, generator=torch.Generator().manual_seed(3))
 
     def train(module):
@@ -138,8 +138,9 @@ def test_a_vector_that_is_not_finite_is_in_no_average():
 
 
 def test_the_configuration_may_change_between_steps():
-    modules = twins(stock.VQEmbeddingEMA, VQEmbeddingEMA, SimpleNamespace(**vars(stock.VQConfig())))
+    modules = pair()
     for module in modules:
+        module.cfg = SimpleNamespace(**vars(module.cfg))
         step(module)
         module.cfg.decay, module.cfg.commitment_cost = 0.25, 3.0
     torch.testing.assert_close(*both(modules, step), rtol=1e-5, atol=1e-6)

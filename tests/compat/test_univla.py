@@ -74,8 +74,8 @@ def test_restart_draws_the_codes_of_the_stock_form(dead, code_restart):
     modules = pair(code_restart=code_restart)
     before = modules[1].codebook.weight.detach().clone()
     if not code_restart:
-        restart(modules[1])
-        assert torch.equal(modules[1].codebook.weight, before) and modules[1].usage.max() == 2
+        _, usage = restart(modules[1])
+        assert torch.equal(modules[1].codebook.weight, before) and usage.sum() == 2 * (16 - len(dead))
         return
     expected, got = both(modules, restart)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -83,7 +83,7 @@ def test_restart_draws_the_codes_of_the_stock_form(dead, code_restart):
     assert torch.equal(got[0][alive], before[alive]) and got[1].count_nonzero() == 0
 
 
-def test_a_hundred_steps_of_training():
+def test_a_hundred_steps_of_training(one_thread):
     data = torch.randn(100, 8, 4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
     def train(module):
@@ -113,7 +113,7 @@ def test_checkpoints_load_strictly_both_ways():
     assert set(second.state_dict()) == {"codebook.weight"}
     second.load_state_dict(first.state_dict())
     first.load_state_dict(second.state_dict())
-    with pytest.raises(RuntimeError, match="size mismatch for codebook.weight"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for codebook\.weight"):
         VectorQuantizer(15, 8).load_state_dict(first.state_dict())
 
 
@@ -122,7 +122,7 @@ def test_rows_that_are_not_finite():
     x[1, 2, 3], x[2, 0, 1] = torch.nan, torch.inf
     expected, got = both(modules, lambda m: (*m(x), m.usage))
     torch.testing.assert_close(got, expected, equal_nan=True)
-    assert got[3][1, 2] == 0 and got[0][1, 2].isnan().all()
+    assert got[3][1, 2] == 0 and got[0][1, 2, 3].isnan() and got[0][2, 0, 1].isnan()
 
 
 def test_bf16_rows_with_a_codebook_in_fp32():
