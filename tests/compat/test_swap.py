@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -526,3 +527,14 @@ def test_import_loads_it_when_it_is_used():
     )
     out = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split(None, 2) == ["False", "True", "nothing to swap\n"]
+
+
+def test_the_examples_of_the_page_run_as_they_are_written(capsys):
+    page = (ROOT / "docs" / "swap.md").read_text()
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(compile(block, "docs/swap.md", "exec"), names)
+    out = capsys.readouterr().out
+    table = re.search(r"^```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert out.startswith(table[1]) and "would swap (verified): 1" in out
+    assert re.search(r"output\[2\] differs by \d\.\de[+-]\d+ \(\d\.\de-\d+ is allowed\)", out)
