@@ -134,8 +134,12 @@ def _step(form: nn.Module, arguments: tuple[Any, ...], seed: int, names: Set[str
         outputs, gradients = _forward_and_backward(form, arguments)
     except Exception as error:
         raise Difference(f"{failure}: {_named(error)}") from error
-    state = {name: copy.deepcopy(value) for name, value in _state(form).items() if name in names}
-    return outputs, gradients, state
+    return outputs, gradients, {name: _kept(value) for name, value in _state(form).items() if name in names}
+
+
+def _kept(value: Any) -> Any:
+    """A value of a state as it is now; a tensor without its graph."""
+    return value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
 
 
 def _forward_and_backward(form: nn.Module, arguments: tuple[Any, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
