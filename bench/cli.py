@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import first_call, hard_data, one_pass, report
+from . import first_call, hard_data, one_pass, report, screening
 from .providers import PROVIDERS
 from .runner import Settings, run
 from .workloads import DTYPES, OPS, SUITES, select
@@ -95,6 +95,7 @@ def _parser() -> _Parser:
     add("--hard-data", action="store_true", help="instead: which codes each provider gives on data made to mislead it")
     add("--first-call", action="store_true", help="instead: what the first calls on the CPU cost")
     add("--one-pass", action="store_true", help="instead: what the forward costs beyond the lookup on the CPU")
+    add("--screening", action="store_true", help="instead: what a bf16 product would decide of a lookup on the CPU")
     add("--list", action="store_true", help="list the workloads and providers, and run nothing")
     return parser
 
@@ -126,6 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.one_pass:
         shapes = dict.fromkeys((w.N, w.K, w.D) for w in workloads)
         return _one_pass(shapes, 0.2 if args.quick else args.seconds or 1.0, argv, paths["json"])
+    if args.screening:
+        shapes = dict.fromkeys((w.N, w.K, w.D) for w in workloads)
+        return _screening(shapes, 0.2 if args.quick else args.seconds or 1.0, argv, paths["json"])
     settings = Settings(
         device=device,
         threads=args.threads,
@@ -187,6 +191,20 @@ def _one_pass(shapes: Iterable[tuple[int, int, int]], seconds: float, argv: Sequ
     print("allowed: 1.1 × the lookup from 1024 codes on, else the lookup and 1.2 × the copy of the rows")
     _write(path, argv, {"milliseconds": [row._asdict() | {"allowed": row.allowed} for row in found]})
     return 0
+
+
+def _screening(shapes: Iterable[tuple[int, int, int]], seconds: float, argv: Sequence[str], path: Path | None) -> int:
+    found = [screening.screening(shape, seconds) for shape in shapes]
+    print(
+        f"{'ms at (N, K, D)':22}{'lookup':>9}{'sgemm':>9}{'bf16':>9}{'minimum':>9}{'undecided':>11}{'candidates':>12}"
+    )
+    for row in found:
+        taken = "".join(f"{1e3 * t:9.2f}" for t in (row.lookup, row.sgemm, row.bf16, row.minimum))
+        print(f"{row.shape!s:22}{taken}{row.undecided:11.1%}{row.candidates:8.2f}, ≤ {row.most}")
+        if row.missed:
+            print(f"the bound missed the nearest code of {row.missed} rows")
+    _write(path, argv, {"screenings": [row._asdict() for row in found]})
+    return int(any(row.missed for row in found))
 
 
 def _write(path: Path | None, argv: Sequence[str], found: dict[str, Any]) -> None:
