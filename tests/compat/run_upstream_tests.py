@@ -2,9 +2,9 @@
 
     python -m tests.compat.run_upstream_tests PATH [--stock]
 
-PATH is the tests folder of a checkout of github.com/lucidrains/vector-quantize-pytorch, or files of it; --stock runs the
-installed package alone, for comparison. A test that called code of the package instead of a fused form is counted as
-delegated. The last line counts; the lines before name each test that failed, and why.
+PATH is the tests folder of a checkout of github.com/lucidrains/vector-quantize-pytorch, or files of it; --stock runs
+the installed package alone, for comparison. A test that called code of the package instead of a fused form is counted
+as delegated. The last line counts; the lines before name each test that failed, and why.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-
 import vector_quantize_pytorch as upstream
+
 from lamkernels.compat import vector_quantize_pytorch as ours
 from lamkernels.compat.vector_quantize_pytorch import _codebook, _upstream
 

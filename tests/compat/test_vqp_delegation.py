@@ -150,11 +150,11 @@ class TestWithoutThePackage:
             ours.ResidualVQ(dim=8, codebook_size=16, num_quantizers=2, **RESIDUAL[name])
 
     def test_the_others(self):
-        with pytest.raises(ImportError, match="noise_dropout=0.5.*pip install"):
+        with pytest.raises(ImportError, match=r"noise_dropout=0.5.*pip install"):
             ours.FSQ([5, 3], preserve_symmetry=True, noise_dropout=0.5)
-        with pytest.raises(ImportError, match="cosine_sim_project_in=True.*pip install"):
+        with pytest.raises(ImportError, match=r"cosine_sim_project_in=True.*pip install"):
             ours.LFQ(dim=4, cosine_sim_project_in=True)
-        with pytest.raises(AttributeError, match="ResidualSimVQ.*pip install"):
+        with pytest.raises(AttributeError, match=r"ResidualSimVQ.*pip install"):
             _ = ours.ResidualSimVQ
 
     def test_what_is_fused_needs_nothing(self):

@@ -107,7 +107,7 @@ def test_a_mask_is_as_leaving_the_rows_out_where_upstream_fails(options):
     fused, stock = pair(options)
     x, mask = rows_for(options, torch.Generator().manual_seed(1)), torch.ones(2, 20, dtype=torch.bool)
     mask[:, 12:] = False
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, UserWarning), match="size"):
         stock(x, mask=mask)
     short = copy.deepcopy(fused)
     for _ in range(3):
@@ -296,9 +296,9 @@ def test_attributes_are_upstreams():
         assert lacking <= functions | {"sync_affine_param"}, lacking
 
 
-@pytest.mark.parametrize("name", ["default", "dead codes", "image", "codebook per head"])
+@pytest.mark.parametrize("name", ["default", "cosine", "image", "codebook per head"])
 def test_compiled_without_a_break_trains_as_eager(name):
-    options = OPTIONS[name] | ({"threshold_ema_dead_code": 0} if name == "dead codes" else {})
+    options = OPTIONS[name]
     fused, _ = pair(options)
     compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="eager")
     for _ in range(2):

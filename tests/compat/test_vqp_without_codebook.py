@@ -217,7 +217,7 @@ SIMVQS = {
     "straight-through": {"rotation_trick": False},
     "frozen dim": {"frozen_codebook_dim": 5, "commitment_weight": 0.3, "input_to_quantize_commit_loss_weight": 0.7},
     "init": {"init_fn": torch.sign},
-    "transform": {"codebook_transform": torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Tanh(), torch.nn.Linear(12, 8))},
+    "transform": {"codebook_transform": torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh())},
     "channels first": {"channel_first": True},
 }  # fmt: skip
 

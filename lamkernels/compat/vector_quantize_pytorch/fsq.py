@@ -162,6 +162,13 @@ class FSQ(Delegating):
         bounded: Tensor = self._run_upstream("symmetry_preserving_bound", "symmetry_preserving_bound", z, hard_clamp)
         return bounded
 
+    def maybe_apply_noise(self, bounded_z: Tensor) -> Tensor:
+        """The codes with upstream's noise in training mode, where ``noise_dropout`` asks for it."""
+        if not self.training or self.noise_dropout == 0:
+            return bounded_z
+        noisy: Tensor = self._run_upstream("noise_dropout", "maybe_apply_noise", bounded_z)
+        return noisy
+
     def _quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         levels = self._host_levels()
         if not self.bound_hard_clamp:

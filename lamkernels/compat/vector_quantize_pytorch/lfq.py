@@ -181,8 +181,8 @@ class LFQ(Delegating):
     ) -> Any:
         """A :class:`Return` for x (B, ..., D), (B, D, ...) with channels first, and a :class:`LossBreakdown` if asked.
 
-        ``mask`` (B,) or (B, N) bool says which rows are in the losses; all rows are quantised. With the latter the batch
-        entropy is the sample entropy, as in upstream 1.32.0, but with ``factorized_entropy``.
+        ``mask`` (B,) or (B, N) bool says which rows are in the losses; all rows are quantised. With the latter the
+        batch entropy is the sample entropy, as in upstream 1.32.0, but with ``factorized_entropy``.
         """
         moved = self._channels_first(x.ndim >= 4)
         x = x.movedim(1, -1) if moved else x

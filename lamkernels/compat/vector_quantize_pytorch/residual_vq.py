@@ -280,7 +280,7 @@ class GroupedResidualVQ(Delegating):
         freeze_codebook: bool = False,
         mask: Tensor | None = None,
     ) -> Any:
-        """(quantized, indices, losses), a tuple of all codes (Q, ..., D) if asked for; (quantized, loss) with ``indices``."""
+        """(quantized, indices, losses), the codes of each group if asked for; (quantized, loss) with ``indices``."""
         if x.shape[self.split_dim] != self.dim:
             raise AssertionError(f"x has shape {tuple(x.shape)}; its axis {self.split_dim} must be {self.dim}")
         given = [] if indices is None else list(indices)

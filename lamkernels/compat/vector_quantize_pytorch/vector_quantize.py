@@ -171,6 +171,7 @@ class VectorQuantize(Delegating):
             manual_ema_update=manual_ema_update,
             use_cosine_sim=use_cosine_sim,
         )
+        self._initted_on_host = not kmeans_init
         self.register_buffer("zero", torch.tensor(0.0), persistent=False)
 
     @property
@@ -331,9 +332,10 @@ class VectorQuantize(Delegating):
         known: bool = self.__dict__.get("_initted_on_host", False)
         if known and (not flag.is_cpu or torch.compiler.is_compiling()):
             return True
-        if flag and not known:
-            self._initted_on_host = known = True
-        return known
+        ready = bool(flag)
+        if ready and not known:
+            self._initted_on_host = True
+        return ready
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__.pop("_initted_on_host", None)
