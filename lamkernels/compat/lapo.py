@@ -12,8 +12,8 @@ class of that name in LAPO's ``models.py``. Reproduced:
   ``ema_count``, ``ema_weight`` and ``embedding`` (:class:`lamkernels.VectorQuantize` sums its statistics).
 
 Different: the buffers are updated in place, where upstream makes new ones in every step (which CUDA graphs and
-references to them do not survive). A row of D numbers that is not finite gives NaN and index 0, and is in no loss and
-no average. Of the perplexity, p log(p + 1e-10) is p log p.
+references to them do not survive). A vector of D numbers that is not finite makes z_q and the loss NaN, as upstream,
+and has index 0, but is in no average. Of the perplexity, p log(p + 1e-10) is p log p.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lamkernels.compat.base import Compat
 from lamkernels.compat.structure import difference
@@ -79,16 +80,18 @@ class VQEmbeddingEMA(Compat):
         batch, channels, height, width = x.shape
         if channels != books * dim:
             raise ValueError(f"x has {channels} channels; {books} codebooks of {dim} dimensions take {books * dim}")
-        rows = x.view(batch, books, dim, height * width).permute(1, 0, 3, 2)  # (books, b, h·w, D), strided
+        rows = x.detach().view(batch, books, dim, height * width).permute(1, 0, 3, 2)  # (books, b, h·w, D), strided
         if rows.dtype != self.embedding.dtype:  # under autocast: upstream's codes have the dtype of the codebook
             rows = rows.to(self.embedding.dtype)
         out = vector_quantize(rows, self.embedding)
         if self.training:
             self._update(out.counts, out.sums)
         usage = out.counts / (batch * height * width)
+        quantized = out.quantized.permute(1, 0, 3, 2).reshape(x.shape)
+        # both gradients are taken in the layout of x: strided rows would have to be gathered once more for them
         return (
-            out.quantized.permute(1, 0, 3, 2).reshape(x.shape),
-            self.cfg.commitment_cost * out.commitment_loss,
+            quantized + (x - x.detach()),
+            self.cfg.commitment_cost * F.mse_loss(x, quantized),
             torch.special.entr(usage).sum(-1).exp().sum(),
             out.indices.clamp(min=0).view(books, batch, height, width).permute(1, 0, 2, 3),
         )
