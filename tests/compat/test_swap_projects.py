@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import vector_quantize_pytorch as vqp
-from lamkernels.bench.stock import lapa, lapo, moto, open_genie, tinyworlds, univla, villa_x
+from lamkernels.bench.stock import lapa, lapo, moto, open_genie, taming, tinyworlds, univla, villa_x
 from torch import nn
 
 from lamkernels.compat import Compat, swap
 
+ROOT = Path(__file__).parents[2]
 LAPO = SimpleNamespace(
     num_codebooks=2, num_discrete_latents=4, emb_dim=16, num_embs=64, commitment_cost=0.05, decay=0.999
 )
@@ -23,6 +28,7 @@ CASES = {
     "villa_x.VectorQuantizer2 legacy": lambda: villa_x.VectorQuantizer2(32, 16, 0.25, legacy=True),
     "moto.VectorQuantizer2": lambda: moto.VectorQuantizer2(128, 32, 0.25),
     "moto.VectorQuantizer2 sane": lambda: moto.VectorQuantizer2(128, 32, 0.25, sane_index_shape=True, legacy=False),
+    "taming.VectorQuantizer2": lambda: taming.VectorQuantizer2(32, 16, 0.25),
     "open_genie.LookupFreeQuantization": lambda: open_genie.LookupFreeQuantization(5, 2, input_dim=32),
     "tinyworlds.FiniteScalarQuantizer": lambda: tinyworlds.FiniteScalarQuantizer(2, 2),
     "vector_quantize.VectorQuantize": lambda: vqp.VectorQuantize(dim=32, codebook_size=64, heads=2, codebook_dim=8),
@@ -78,3 +84,23 @@ def test_forms_of_one_name_are_told_apart_without_running_them():
 def test_other_dtypes(dtype):
     module = CASES["villa_x.VectorQuantizer2"]().to(dtype)
     assert swap(module).swapped and module.embedding.weight.dtype == dtype
+
+
+def test_the_examples_of_the_page_run_as_they_are_written(capsys):
+    page = (ROOT / "docs" / "swap.md").read_text()
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(compile(block, "docs/swap.md", "exec"), names)
+    out = capsys.readouterr().out
+    table = re.search(r"^```\n(swapped.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert out.startswith(table[1]) and "would swap (verified): 1" in out
+    assert re.search(r"output\[2\] differs by \d\.\de[+-]\d+ \(\d\.\de-\d+ is allowed\)", out)
+
+
+def test_import_loads_it_when_it_is_used():
+    code = (
+        "import sys, lamkernels as lk; before = 'lamkernels.compat' in sys.modules; import torch;"
+        "print(before, callable(lk.compat.swap), lk.compat.swap(torch.nn.Linear(2, 2)))"
+    )
+    out = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split(None, 2) == ["False", "True", "nothing to swap\n"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lamkernels as lk
-from lamkernels.compat import Compat
+from lamkernels.compat import Compat, SwapReport
 
 
 class ToyFused(Compat):
@@ -59,3 +59,8 @@ class ToyFusedOfAnotherProject(ToyFused):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         quantized, indices, loss = super().forward(z)
         return quantized, loss, indices
+
+
+def why(report: SwapReport) -> str:
+    assert not report.swapped and len(report.refused) == 1, report
+    return report.refused[0].why

@@ -149,3 +149,7 @@ class OverridingAHelper(ToyQuantizer):
 
 class UnheardOfCodebook(nn.Module):
     pass
+
+
+def fork(name: str) -> nn.Module:
+    return vars(Forks)[name].ToyQuantizer()
