@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import first_call, hard_data, one_pass, report, screening
+from . import compat, first_call, hard_data, one_pass, report, screening
 from .providers import PROVIDERS
 from .runner import Settings, run
 from .workloads import DTYPES, OPS, SUITES, select
@@ -95,6 +95,7 @@ def _parser() -> _Parser:
     add("--hard-data", action="store_true", help="instead: which codes each provider gives on data made to mislead it")
     add("--first-call", action="store_true", help="instead: what the first calls on the CPU cost")
     add("--one-pass", action="store_true", help="instead: what the forward costs beyond the lookup on the CPU")
+    add("--compat", action="store_true", help="instead: the bottlenecks of LAPA, UniVLA, ..., plain and drop-in forms")
     add("--screening", action="store_true", help="instead: what a bf16 product would decide of a lookup on the CPU")
     add("--list", action="store_true", help="list the workloads and providers, and run nothing")
     return parser
@@ -127,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.one_pass:
         shapes = dict.fromkeys((w.N, w.K, w.D) for w in workloads)
         return _one_pass(shapes, 0.2 if args.quick else args.seconds or 1.0, argv, paths["json"])
+    if args.compat:
+        return _compat(0.2 if args.quick else args.seconds or 1.0, device, argv, paths["json"])
     if args.screening:
         shapes = dict.fromkeys((w.N, w.K, w.D) for w in workloads)
         return _screening(shapes, 0.2 if args.quick else args.seconds or 1.0, argv, paths["json"])
@@ -193,6 +196,19 @@ def _one_pass(shapes: Iterable[tuple[int, int, int]], seconds: float, argv: Sequ
     return 0
 
 
+def _compat(seconds: float, device: str, argv: Sequence[str], path: Path | None) -> int:
+    print(f"{'µs a training step':28}{'(N, K, D)':>18}{'plain':>9}{'drop-in':>9}{'ratio':>8}")
+    found = []
+    for case in compat.CASES:
+        times = compat.compare(case, seconds, device)
+        numbers = f"{times.plain:9.0f}{times.fused:9.0f}{times.speedup:7.2f}×"
+        print(f"{times.project:28}{times.shape!s:>18}{numbers}", flush=True)
+        found.append(times)
+    rows = [times._asdict() | {"speedup": times.speedup} for times in found]
+    _write(path, argv, {"threads": torch.get_num_threads(), "microseconds": rows}, device)
+    return 0
+
+
 def _screening(shapes: Iterable[tuple[int, int, int]], seconds: float, argv: Sequence[str], path: Path | None) -> int:
     found = [screening.screening(shape, seconds) for shape in shapes]
     print(
@@ -207,9 +223,9 @@ def _screening(shapes: Iterable[tuple[int, int, int]], seconds: float, argv: Seq
     return int(any(row.missed for row in found))
 
 
-def _write(path: Path | None, argv: Sequence[str], found: dict[str, Any]) -> None:
+def _write(path: Path | None, argv: Sequence[str], found: dict[str, Any], device: str = "cpu") -> None:
     if path:
-        about = {"context": report.context("cpu", argv)} | found
+        about = {"context": report.context(device, argv)} | found
         report.replace_file(path, (json.dumps(about, indent=1) + "\n").encode())
         print(f"wrote {path}")
 

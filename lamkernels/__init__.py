@@ -21,7 +21,7 @@ from lamkernels.lookup_free import (
 from lamkernels.nn import FSQ, LFQ, CodebookHealth, HealthReport, SimVQ, VectorQuantize
 
 if TYPE_CHECKING:
-    from lamkernels import lam
+    from lamkernels import compat, lam
 
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "code_statistics",
+    "compat",
     "finite_scalar_codes",
     "finite_scalar_quantize",
     "lam",
@@ -53,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``lamkernels.lam`` is loaded when it is first used."""
-    if name == "lam":
-        return importlib.import_module("lamkernels.lam")
+    """``lamkernels.compat`` and ``lamkernels.lam`` are loaded when they are first used."""
+    if name in ("compat", "lam"):
+        return importlib.import_module(f"lamkernels.{name}")
     raise AttributeError(f"module 'lamkernels' has no attribute {name!r}")
