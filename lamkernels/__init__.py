@@ -22,6 +22,7 @@ from lamkernels.nn import FSQ, LFQ, SimVQ, VectorQuantize
 
 if TYPE_CHECKING:
     from lamkernels import lam
+    from lamkernels.labelling import label
 
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "code_statistics",
     "finite_scalar_codes",
     "finite_scalar_quantize",
+    "label",
     "lam",
     "lookup",
     "lookup_free_codes",
@@ -51,7 +53,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``lamkernels.lam`` is loaded when it is first used."""
+    """``lamkernels.lam`` and ``lamkernels.label`` are loaded when they are first used."""
     if name == "lam":
         return importlib.import_module("lamkernels.lam")
+    if name == "label":
+        return importlib.import_module("lamkernels.labelling").label
     raise AttributeError(f"module 'lamkernels' has no attribute {name!r}")
