@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import first_call, hard_data, one_pass, report
+from . import first_call, hard_data, labelling, one_pass, report
 from .providers import PROVIDERS
 from .runner import Settings, run
 from .workloads import DTYPES, OPS, SUITES, select
@@ -95,6 +95,7 @@ def _parser() -> _Parser:
     add("--hard-data", action="store_true", help="instead: which codes each provider gives on data made to mislead it")
     add("--first-call", action="store_true", help="instead: what the first calls on the CPU cost")
     add("--one-pass", action="store_true", help="instead: what the forward costs beyond the lookup on the CPU")
+    add("--labelling", action="store_true", help="instead: labels of a data set on the CPU, beside one pair at a time")
     add("--list", action="store_true", help="list the workloads and providers, and run nothing")
     return parser
 
@@ -123,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _hard_data(args.providers, argv, paths["json"])
     if args.first_call:
         return _first_call(argv, paths["json"])
+    if args.labelling:
+        return _labelling(args.quick, argv, paths["json"])
     if args.one_pass:
         shapes = dict.fromkeys((w.N, w.K, w.D) for w in workloads)
         return _one_pass(shapes, 0.2 if args.quick else args.seconds or 1.0, argv, paths["json"])
@@ -187,6 +190,19 @@ def _one_pass(shapes: Iterable[tuple[int, int, int]], seconds: float, argv: Sequ
     print("allowed: 1.1 × the lookup from 1024 codes on, else the lookup and 1.2 × the copy of the rows")
     _write(path, argv, {"milliseconds": [row._asdict() | {"allowed": row.allowed} for row in found]})
     return 0
+
+
+def _labelling(quick: bool, argv: Sequence[str], path: Path | None) -> int:
+    threads = torch.get_num_threads()
+    found = [labelling.labelling(name, quick=quick) for name in labelling.ENCODERS]
+    print(f"{'us a pair':12}{'one by one':>12}{'label':>9}{'encoder':>9}{'ratio':>8}{'unequal':>9}{'wrong':>7}")
+    for row in found:
+        times = f"{row.pattern:12.1f}{row.label:9.1f}{row.encoder_only:9.1f}{row.speedup:8.1f}"
+        print(f"{row.encoder:12}{times}{row.unequal:9}{row.wrong:7}")
+    print("encoder: alone, at the batch size of label; wrong: unequal codes that are no near ties")
+    rows = [row._asdict() | {"speedup": row.speedup} for row in found]
+    _write(path, argv, {"threads": threads, "microseconds_per_pair": rows})
+    return int(any(row.wrong for row in found))
 
 
 def _write(path: Path | None, argv: Sequence[str], found: dict[str, Any]) -> None:
