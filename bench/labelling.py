@@ -120,7 +120,7 @@ def one_by_one(given: Case, pairs: int) -> list[list[int]]:
 
 def labelling(name: str, *, quick: bool = False, batch_size: int = 256) -> Labelling:
     """Compares the codes, and times both on the CPU, in turns."""
-    rows = (600 if quick else 4000) if name == "frames" else (2000 if quick else 40_000)
+    rows = (600 if quick else 4000) if name == "frames" else (2000 if quick else 100_000)
     compared, rounds = (100, 1) if quick else (1000, 3)
     given = case(name, rows)
     shape = given.observations.shape[1:]

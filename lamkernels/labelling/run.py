@@ -46,6 +46,7 @@ from lamkernels.lam.sources import Source, expanded
 from lamkernels.validation import Metric, Precision, check_integer, check_option
 
 SCHEMA = "lamkernels label 1"
+READ_ENTRIES = 2**20  # that a source reads at once: 4 MiB, which stay in the cache until they are copied
 # what decides which run a folder is of, but not what is in a shard
 NOT_IN_SHARDS = ("batch_size", "sources", "files")
 IN_MANIFEST = ("file", "pairs", "not_finite", "index_shape", "vector_shape", "bytes")  # of each shard
@@ -272,7 +273,8 @@ class Run:
     # reading
 
     def _source(self, index: int) -> Source:
-        return Source(self.sources[index], side=self.options["side"], rows=self.options["rows"])
+        options = {name: self.options[name] for name in ("side", "rows")}
+        return Source(self.sources[index], **options, batch_entries=READ_ENTRIES)
 
     def _width(self) -> int:
         """Entries of a row, as the first source has them that can be read."""
