@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -636,3 +637,31 @@ def test_label_is_loaded_when_it_is_used():
     code = "import sys, lamkernels as lk; assert 'lamkernels.labelling' not in sys.modules; print(lk.label.__module__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "lamkernels.labelling.run"
+
+
+def test_the_document_runs_as_written(tmp_path):
+    document = (Path(__file__).parents[1] / "docs" / "labelling.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", document, re.DOTALL)
+    call, module = (
+        next(text for kind, text in blocks if kind == "python" and part in text) for part in ("lk.label(", "class Enc")
+    )
+    commands = next(text for kind, text in blocks if kind == "bash").partition("\n")[2]  # behind the installation
+    commands = commands.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
+    commands = commands.replace("\nlamkernels", "lamkernels")
+    commands = re.sub("^lamkernels ", f"{sys.executable} -m lamkernels.cli ", commands, flags=re.MULTILINE)
+    (tmp_path / "my_lam.py").write_text(module)
+    (tmp_path / "call.py").write_text(call)
+    (tmp_path / "data").mkdir()
+    for name in "abc":
+        np.save(tmp_path / "data" / f"{name}.npy", np.random.default_rng(0).standard_normal((300, 64), np.float32))
+    save_file({"weight": torch.randn(128, 128) / 11, "codebook": torch.randn(16, 32)}, tmp_path / "lam.safetensors")
+    printed = subprocess.run(
+        ["bash", "-ec", f"{sys.executable} call.py; mv labels called; {commands}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert printed.returncode == 0, printed.stderr
+    assert printed.stdout.startswith("897 0\n")
+    tables = [parquet.read_table(tmp_path / folder) for folder in ("called", "labels", "labels-2")]
+    columns = [{name: table[name].to_pylist() for name in table.column_names[1:]} for table in tables]
+    assert columns[0] == columns[1] == columns[2] and len(columns[0]["t"]) == 897
+    assert [set(table["source"].to_pylist()) for table in tables] == [{f"data/{name}.npy" for name in "abc"}] * 3
