@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 from itertools import pairwise
-from typing import Literal, NamedTuple, cast, overload
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamkernels.backend import resolve
+from lamkernels.eager import is_plain
 from lamkernels.ops.code_statistics.op import code_statistics as _code_statistics
 from lamkernels.ops.cosine import unit_rows
 from lamkernels.ops.nearest_code.op import nearest_code as _nearest_code
@@ -170,18 +174,24 @@ def vector_quantize(
         ValueError: a shape, device or option does not fit; the message names it and what is allowed.
         RuntimeError: the backend asked for cannot run here.
     """
-    check_tensors(x, codebook)
-    refuse_tangents(x, codebook)
     check_option("gradient", gradient, GRADIENTS)
     check_option("metric", metric, METRICS)
     check_option("precision", precision, PRECISIONS)
     check_option("backend", backend, BACKENDS)
+    planned = None if metric == "cosine" else plan_one_call(x, codebook, gradient, metric, precision, backend)
+    if planned is None:
+        check_tensors(x, codebook)
+        refuse_tangents(x, codebook)
     if gradient == "noise":
         noise = _noise(x, noise, generator)
     elif noise is not None or generator is not None:
         raise ValueError(f"noise and generator are for gradient='noise'; gradient is {gradient!r}")
     if mask is not None:
         check_mask(mask, x)
+    if planned is not None:
+        mask = None if mask is None else mask.contiguous()
+        noise = None if noise is None else noise.to(x.dtype).contiguous()
+        return VQOutput(*numba_one_call().quantize(x, codebook, planned.plan, (planned.rows, mask, noise)))
     leading = x.shape[:-1]
     rows, codes, score = _canonical(x, codebook, metric, precision)
     flat = rows.shape[0], math.prod(rows.shape[1:-1])
@@ -207,6 +217,40 @@ def vector_quantize(
     return VQOutput(
         quantized.reshape(x.shape).to(x.dtype), indices.reshape(leading), commitment, codebook_loss, counts, sums
     )
+
+
+class OneCall(NamedTuple):
+    """How a small call runs without the dispatcher: its ``plan``, and ``rows`` of x in place unless x is contiguous."""
+
+    plan: Any
+    rows: Tensor | None
+
+
+def plan_one_call(
+    x: Tensor, codebook: Tensor, gradient: str, metric: str, precision: str, backend: Backend,
+    averaging: tuple[float, float] | None = None,
+) -> OneCall | None:  # fmt: skip
+    """A plan of :mod:`lamkernels.ops.vector_quantize.numba_one_call`, whose arguments these are, or None.
+
+    None in compiled code, under transforms, for other backends, and for arguments that do not fit.
+    """
+    if not is_plain(x, codebook) or not codebook.is_contiguous() or resolve(backend, "cpu") != "numba":
+        return None
+    module, rows, strides = numba_one_call(), None, None
+    if not x.is_contiguous():
+        detached = x.detach()
+        rows = _rows_in_groups(detached if codebook.ndim == 3 else detached.unsqueeze(0))
+        strides = module.row_strides(rows)
+    plan = module.plan(
+        x.shape, strides, x.dtype, codebook.shape, codebook.dtype, metric, precision, gradient, averaging
+    )
+    return None if plan is None else OneCall(plan, rows)
+
+
+@functools.cache
+def numba_one_call() -> Any:
+    """Loaded when Numba is there and a call on the CPU asks for it."""
+    return importlib.import_module("lamkernels.ops.vector_quantize.numba_one_call")
 
 
 def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:

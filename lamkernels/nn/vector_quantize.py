@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lamkernels.backend import resolve
-from lamkernels.functional import code_statistics, nearest_code, vector_quantize
+from lamkernels.eager import is_plain
+from lamkernels.functional import OneCall, code_statistics, nearest_code, numba_one_call, plan_one_call, vector_quantize
 from lamkernels.nn.indices import module_indices
 from lamkernels.ops.cosine import unit_rows
 from lamkernels.validation import (
@@ -27,7 +25,6 @@ from lamkernels.validation import (
     check_number,
     check_option,
     check_weight,
-    refuse_tangents,
 )
 
 
@@ -161,9 +158,9 @@ class VectorQuantize(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Quantises x (..., D); ``mask`` (...,) bool is False for rows to leave out, which are quantised to zero."""
         learning = self.training and self.ema_update == "forward"
-        plan = self._plan_one_call(x) if learning and mask is None else None
-        if plan is not None:
-            return self._step_in_one_call(x, plan)
+        one_call = self._plan_one_call(x) if learning and mask is None else None
+        if one_call is not None:
+            return self._step_in_one_call(x, one_call)
         if self.training:
             self._check_training(learning)
             if self._needs_init:
@@ -178,9 +175,9 @@ class VectorQuantize(nn.Module):
             precision=self.precision,
             backend=self.backend,
         )
-        loss = self.commitment_weight * out.commitment_loss
+        loss = out.commitment_loss if self.commitment_weight == 1 else self.commitment_weight * out.commitment_loss
         if self.update == "gradient":
-            loss = loss + self.codebook_weight * out.codebook_loss
+            loss = torch.add(loss, out.codebook_loss, alpha=self.codebook_weight)
         if learning:
             self.update_codebook(out.counts, out.sums, x, mask)
         return out.quantized, module_indices(out.indices, mask), loss
@@ -197,25 +194,24 @@ class VectorQuantize(nn.Module):
             )
 
     def _plan_one_call(self, x: Tensor) -> Any:
-        """A plan for the step as one compiled call, where calls, not arithmetic, are its cost; else None."""
+        """A plan for the lookup and the update as one compiled call; None where the averages need something else."""
+        if self._needs_init or self.update != "ema" or self.metric != "l2" or self.gradient != "ste":
+            return None
+        codebook, sizes, code_sums = averages = self._averages()
         if (
-            self._needs_init
-            or self.update != "ema"
-            or self.metric != "l2"
-            or self.gradient != "ste"
-            or type(x) not in (Tensor, nn.Parameter)
-            or not x.is_cpu
-            or torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack() != 0  # a mode must see every operator
-            or resolve(self.backend, "cpu") != "numba"
-            or _world_size() > 1
+            _world_size() > 1
+            or not is_plain(*averages)
+            or not sizes.is_contiguous()
+            or not code_sums.is_contiguous()
+            or sizes.shape != codebook.shape[:1]
+            or code_sums.shape != codebook.shape
+            or not codebook.dtype == sizes.dtype == code_sums.dtype
         ):
             return None
-        return _train_module().plan(x, *self._averages(), self.decay, self.eps, self.precision)
+        return plan_one_call(x, codebook, "ste", "l2", self.precision, self.backend, (self.decay, self.eps))
 
-    def _step_in_one_call(self, x: Tensor, plan: Any) -> tuple[Tensor, Tensor, Tensor]:
-        refuse_tangents(x)
-        quantized, indices, loss = _train_module().TrainStep.apply(x, *self._averages(), plan)
+    def _step_in_one_call(self, x: Tensor, one_call: OneCall) -> tuple[Tensor, Tensor, Tensor]:
+        quantized, indices, loss = numba_one_call().train_step(x, *self._averages(), *one_call)
         if self.dead_code_threshold > 0:
             self._replace_dead_codes(x, None)
         return quantized, indices, loss if self.commitment_weight == 1 else self.commitment_weight * loss
@@ -319,9 +315,3 @@ def _read_initialized(module: nn.Module, _incompatible: Any) -> None:
 def _world_size() -> int:
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-@functools.cache
-def _train_module() -> Any:
-    """Loaded when Numba is there and a small step on the CPU asks for it."""
-    return importlib.import_module("lamkernels.ops.vector_quantize.numba_train")
