@@ -56,7 +56,7 @@ def expected(rows, starts, lag=1):
 def read(out):
     """(source, episode, t, row, indices) of every pair of a folder, and the vectors where they are there."""
     found, vectors = [], []
-    for source in json.loads((out / "manifest.json").read_text())["sources"]:
+    for source in json.loads((out / "_manifest.json").read_text())["sources"]:
         for shard in source["shards"]:
             path = out / shard["file"]
             if path.suffix == ".parquet":
@@ -131,7 +131,7 @@ def test_every_pair_of_a_file_gets_its_code(tmp_path, format, suffix, lag, shard
     assert [shard["file"] for shard in manifest["sources"][0]["shards"]] == [
         f"part-00000-{number:05d}.{format}" for number in numbers
     ]
-    assert json.loads((out / "manifest.json").read_text()) == manifest
+    assert json.loads((out / "_manifest.json").read_text()) == manifest
 
 
 @pytest.mark.parametrize("format", ["parquet", "safetensors"])
@@ -330,7 +330,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, arguments, format):
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert not (killed / "manifest.json").exists()
+        assert not (killed / "_manifest.json").exists()
     kept = {name: (killed / name).stat().st_mtime_ns for name in labels_of(killed)}
     (killed / ".part-00002-00000.parquet.x.part").write_bytes(b"half a shard")
     assert main([*arguments, "--out", str(killed)]) == 0
@@ -377,7 +377,7 @@ def test_a_shard_is_whole_or_absent(tmp_path, data, monkeypatch):
         patch.setattr(parquet, "write_table", failing)
         with pytest.raises(OSError, match="no space left"):
             lk.label(data, encoder, CODEBOOK, tmp_path / "out")
-    assert list(files(tmp_path / "out")) == ["options.json"]
+    assert list(files(tmp_path / "out")) == ["_options.json"]
     lk.label(data, encoder, CODEBOOK, tmp_path / "out")
     assert read(tmp_path / "out")[0][0][1:] == expected(features(0), STARTS)[0]
 
@@ -456,7 +456,7 @@ def test_a_shard_that_is_damaged_or_of_another_run_is_named(tmp_path, data, form
     lk.label(data, encoder, CODEBOOK, out, format=format)
     lk.label(data, encoder, CODEBOOK + 1, other, format=format)
     name = f"part-00001-00000.{format}"
-    (out / "manifest.json").unlink()
+    (out / "_manifest.json").unlink()
     for content, message in (
         ((out / name).read_bytes()[:50], "not a readable shard"),
         (b"", "not a readable shard"),
@@ -474,8 +474,8 @@ def test_a_shard_that_is_damaged_or_of_another_run_is_named(tmp_path, data, form
 def test_shards_without_options_are_no_place(tmp_path, data):
     out = tmp_path / "out"
     lk.label(data, encoder, CODEBOOK, out)
-    (out / "options.json").unlink()
-    with pytest.raises(ValueError, match=r"holds shards, but no options\.json"):
+    (out / "_options.json").unlink()
+    with pytest.raises(ValueError, match=r"holds shards, but no _options\.json"):
         lk.label(data, encoder, CODEBOOK, out)
 
 
@@ -595,7 +595,7 @@ def test_the_command(tmp_path, arguments, data, capsys):
     wanted += expected(features(2, 90), np.arange(90) == 0, 2)
     assert [pair[1:] for pair in found] == wanted and len(vectors) == len(wanted)
     assert f"{len(wanted)} pairs of 1090 rows in 11 shards" in printed
-    options = json.loads((tmp_path / "out" / "options.json").read_text())
+    options = json.loads((tmp_path / "out" / "_options.json").read_text())
     assert options["about"] == {"encoder": "labelfactory:make", "encoder_option": {}}
 
 

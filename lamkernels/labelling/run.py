@@ -76,7 +76,7 @@ def label(
 
     A run that was stopped, by a signal or a failure, goes on when it is started again: the files in ``out`` are then,
     byte for byte, those of a run that nothing stopped. Under a process group (``torchrun``) the processes share the
-    shards, which come out the same. Shards are whole or absent, and ``manifest.json`` comes last.
+    shards, which come out the same. Shards are whole or absent, and ``_manifest.json`` comes last.
 
     A shard holds the pairs of ``shard_rows`` rows of one source: the columns source, episode, t (the row of o in its
     episode), row (the row of o in the source), indices and, if asked for, vectors; see docs/labelling.md.
@@ -104,7 +104,7 @@ def label(
         progress: whether to show a bar; None shows it on a terminal.
 
     Returns:
-        What ``manifest.json`` holds, on the first process; None on the others.
+        What ``_manifest.json`` holds, on the first process; None on the others.
 
     Raises:
         TypeError: an argument is of the wrong type.

@@ -16,7 +16,8 @@ from lamkernels.lam.files import replacing, save_tensors
 Format = Literal["parquet", "safetensors"]
 FORMATS = ("parquet", "safetensors")
 KEY = "lamkernels"  # of the metadata of a shard
-OPTIONS, MANIFEST, SOURCES = "options.json", "manifest.json", ".sources"
+# the underscore: pyarrow, pandas and Spark read a folder of shards without them
+OPTIONS, MANIFEST, SOURCES = "_options.json", "_manifest.json", ".sources"
 
 
 class Shard(NamedTuple):
