@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import first_call, hard_data, labelling, one_pass, report
+from . import first_call, hard_data, labelling, one_pass, report, screening
 from .providers import PROVIDERS
 from .runner import Settings, run
 from .workloads import DTYPES, OPS, SUITES, select
@@ -96,6 +96,7 @@ def _parser() -> _Parser:
     add("--first-call", action="store_true", help="instead: what the first calls on the CPU cost")
     add("--one-pass", action="store_true", help="instead: what the forward costs beyond the lookup on the CPU")
     add("--labelling", action="store_true", help="instead: labels of a data set on the CPU, beside one pair at a time")
+    add("--screening", action="store_true", help="instead: what a bf16 product would decide of a lookup on the CPU")
     add("--list", action="store_true", help="list the workloads and providers, and run nothing")
     return parser
 
@@ -129,6 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.one_pass:
         shapes = dict.fromkeys((w.N, w.K, w.D) for w in workloads)
         return _one_pass(shapes, 0.2 if args.quick else args.seconds or 1.0, argv, paths["json"])
+    if args.screening:
+        shapes = dict.fromkeys((w.N, w.K, w.D) for w in workloads)
+        return _screening(shapes, 0.2 if args.quick else args.seconds or 1.0, argv, paths["json"])
     settings = Settings(
         device=device,
         threads=args.threads,
@@ -203,6 +207,20 @@ def _labelling(quick: bool, argv: Sequence[str], path: Path | None) -> int:
     rows = [row._asdict() | {"speedup": row.speedup} for row in found]
     _write(path, argv, {"threads": threads, "microseconds_per_pair": rows})
     return int(any(row.wrong for row in found))
+
+
+def _screening(shapes: Iterable[tuple[int, int, int]], seconds: float, argv: Sequence[str], path: Path | None) -> int:
+    found = [screening.screening(shape, seconds) for shape in shapes]
+    print(
+        f"{'ms at (N, K, D)':22}{'lookup':>9}{'sgemm':>9}{'bf16':>9}{'minimum':>9}{'undecided':>11}{'candidates':>12}"
+    )
+    for row in found:
+        taken = "".join(f"{1e3 * t:9.2f}" for t in (row.lookup, row.sgemm, row.bf16, row.minimum))
+        print(f"{row.shape!s:22}{taken}{row.undecided:11.1%}{row.candidates:8.2f}, ≤ {row.most}")
+        if row.missed:
+            print(f"the bound missed the nearest code of {row.missed} rows")
+    _write(path, argv, {"screenings": [row._asdict() for row in found]})
+    return int(any(row.missed for row in found))
 
 
 def _write(path: Path | None, argv: Sequence[str], found: dict[str, Any]) -> None:
