@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import compat, first_call, hard_data, one_pass, report, screening
+from . import compat, first_call, hard_data, labelling, one_pass, report, screening
 from .providers import PROVIDERS
 from .runner import Settings, run
 from .workloads import DTYPES, OPS, SUITES, select
@@ -96,6 +96,7 @@ def _parser() -> _Parser:
     add("--first-call", action="store_true", help="instead: what the first calls on the CPU cost")
     add("--one-pass", action="store_true", help="instead: what the forward costs beyond the lookup on the CPU")
     add("--compat", action="store_true", help="instead: the bottlenecks of LAPA, UniVLA, ..., plain and drop-in forms")
+    add("--labelling", action="store_true", help="instead: labels of a data set on the CPU, beside one pair at a time")
     add("--screening", action="store_true", help="instead: what a bf16 product would decide of a lookup on the CPU")
     add("--list", action="store_true", help="list the workloads and providers, and run nothing")
     return parser
@@ -125,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _hard_data(args.providers, argv, paths["json"])
     if args.first_call:
         return _first_call(argv, paths["json"])
+    if args.labelling:
+        return _labelling(args.quick, argv, paths["json"])
     if args.one_pass:
         shapes = dict.fromkeys((w.N, w.K, w.D) for w in workloads)
         return _one_pass(shapes, 0.2 if args.quick else args.seconds or 1.0, argv, paths["json"])
@@ -207,6 +210,19 @@ def _compat(seconds: float, device: str, argv: Sequence[str], path: Path | None)
     rows = [times._asdict() | {"speedup": times.speedup} for times in found]
     _write(path, argv, {"threads": torch.get_num_threads(), "microseconds": rows}, device)
     return 0
+
+
+def _labelling(quick: bool, argv: Sequence[str], path: Path | None) -> int:
+    threads = torch.get_num_threads()
+    found = [labelling.labelling(name, quick=quick) for name in labelling.ENCODERS]
+    print(f"{'us a pair':12}{'one by one':>12}{'label':>9}{'encoder':>9}{'ratio':>8}{'unequal':>9}{'wrong':>7}")
+    for row in found:
+        times = f"{row.pattern:12.1f}{row.label:9.1f}{row.encoder_only:9.1f}{row.speedup:8.1f}"
+        print(f"{row.encoder:12}{times}{row.unequal:9}{row.wrong:7}")
+    print("encoder: alone, at the batch size of label; wrong: unequal codes that are no near ties")
+    rows = [row._asdict() | {"speedup": row.speedup} for row in found]
+    _write(path, argv, {"threads": threads, "microseconds_per_pair": rows})
+    return int(any(row.wrong for row in found))
 
 
 def _screening(shapes: Iterable[tuple[int, int, int]], seconds: float, argv: Sequence[str], path: Path | None) -> int:

@@ -22,6 +22,7 @@ from lamkernels.nn import FSQ, LFQ, CodebookHealth, HealthReport, SimVQ, VectorQ
 
 if TYPE_CHECKING:
     from lamkernels import compat, lam
+    from lamkernels.labelling import label
 
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "compat",
     "finite_scalar_codes",
     "finite_scalar_quantize",
+    "label",
     "lam",
     "lookup",
     "lookup_free_codes",
@@ -54,7 +56,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``lamkernels.compat`` and ``lamkernels.lam`` are loaded when they are first used."""
+    """``lamkernels.compat``, ``lamkernels.lam`` and ``lamkernels.label`` are loaded when they are first used."""
     if name in ("compat", "lam"):
         return importlib.import_module(f"lamkernels.{name}")
+    if name == "label":
+        return importlib.import_module("lamkernels.labelling").label
     raise AttributeError(f"module 'lamkernels' has no attribute {name!r}")
