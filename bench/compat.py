@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamkernels.compat import lapa, lapo, univla
+from lamkernels.compat import lapa, lapo, moto, univla, villa_x
 
 from .stock import lapa as plain_lapa
 from .stock import lapo as plain_lapo
+from .stock import moto as plain_moto
 from .stock import univla as plain_univla
+from .stock import villa_x as plain_villa_x
 
 WARM = 20  # steps of each form that are not counted
 
@@ -89,6 +91,14 @@ CASES = (
         lambda _: {"num_latents": 16, "latent_dim": 128}, ((64, 4, 128),), _losses_of_univla,
     ),
     Case(
+        "villa-X", (256, 32, 128), plain_villa_x.VectorQuantizer2, villa_x.VectorQuantizer2,
+        lambda _: {"n_e": 32, "e_dim": 128, "beta": 0.25}, ((64, 1, 512),), lambda outputs: outputs[1],
+    ),
+    Case(
+        "Moto", (256, 128, 32), plain_moto.VectorQuantizer2, moto.VectorQuantizer2,
+        lambda _: {"n_e": 128, "e_dim": 32, "beta": 0.25}, ((32, 8, 32),), lambda outputs: outputs[2],
+    ),
+    Case(
         "LAPO", (4096, 64, 16), plain_lapo.VQEmbeddingEMA, lapo.VQEmbeddingEMA,
         lambda _: {"cfg": plain_lapo.VQConfig()}, ((512, 128),), lambda outputs: outputs[1],
     ),
@@ -119,6 +129,8 @@ class Step:
         """What a step leaves behind, from a seed: outputs, gradients, state."""
         torch.manual_seed(1)
         outputs = self()
+        if isinstance(outputs[-1], tuple):  # villa-X's (None, None, indices)
+            outputs = (*outputs[:-1], *outputs[-1])
         found = {f"output {i}": torch.as_tensor(out).clone() for i, out in enumerate(outputs) if out is not None}
         named = (*enumerate(self.inputs), *self.module.named_parameters())
         found |= {f"gradient of {name}": tensor.grad for name, tensor in named if tensor.grad is not None}
