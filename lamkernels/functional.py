@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamkernels.backend import load_kernel
+from lamkernels.eager import is_plain
 from lamkernels.one_call import numba_one_call, plan_one_call, rows_in_groups
 from lamkernels.ops.code_statistics.op import code_statistics as _code_statistics
 from lamkernels.ops.cosine import unit_rows
@@ -118,7 +120,12 @@ def nearest_code(
     check_option("backend", backend, BACKENDS)
     leading = x.shape[:-1]
     rows, codes, score = _canonical(x.detach(), codebook.detach(), metric, precision)
-    indices, distance = _nearest_code(rows, codes, score, precision, return_distance, backend)
+    # without a gradient, a call that nothing watches needs no dispatcher
+    kernel = load_kernel("nearest_code", "nearest_code", backend, x.device) if is_plain(x, codebook) else None
+    if kernel is not None:
+        indices, distance = kernel(rows, codes, score, precision, return_distance)
+    else:
+        indices, distance = _nearest_code(rows, codes, score, precision, return_distance, backend)
     indices = cast(Tensor, indices.reshape(leading))
     if not return_distance:
         return indices

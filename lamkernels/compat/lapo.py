@@ -12,17 +12,16 @@ class of that name in LAPO's ``models.py``. Reproduced:
   ``ema_count``, ``ema_weight`` and ``embedding`` (:class:`lamkernels.VectorQuantize` sums its statistics).
 
 Different: the buffers are updated in place, where upstream makes new ones in every step (which CUDA graphs and
-references to them do not survive). A vector of D numbers that is not finite makes z_q and the loss NaN, as upstream,
-and has index 0, but is in no average. Of the perplexity, p log(p + 1e-10) is p log p.
+references to them do not survive). A vector of D numbers that is not finite gives NaN, in its gradient too, and index
+0, and is in no loss and no average. Of the perplexity, p log(p + 1e-10) is p log p.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lamkernels.compat.base import Compat
 from lamkernels.compat.structure import difference
@@ -38,6 +37,27 @@ class VQConfig(Protocol):
     num_embs: int
     commitment_cost: float
     decay: float
+
+
+class _Commit(torch.autograd.Function):
+    """x, its codes and the mean square between them -> the codes and that mean, with the gradients of both to x.
+
+    What the fused backward does, in the layout of x, which is not that of the kernel's rows.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, quantized: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+        return quantized.view_as(quantized), loss.view_as(loss)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        x, quantized, _ = inputs
+        ctx.save_for_backward(x, quantized)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        x, quantized = ctx.saved_tensors
+        return torch.addcmul(grad, x - quantized, grad_loss, value=2 / max(x.numel(), 1)), None, None
 
 
 class VQEmbeddingEMA(Compat):
@@ -88,10 +108,10 @@ class VQEmbeddingEMA(Compat):
             self._update(out.counts, out.sums)
         usage = out.counts / (batch * height * width)
         quantized = out.quantized.permute(1, 0, 3, 2).reshape(x.shape)
-        # both gradients are taken in the layout of x: strided rows would have to be gathered once more for them
+        z_q, commitment = _Commit.apply(x, quantized, out.commitment_loss)
         return (
-            quantized + (x - x.detach()),
-            self.cfg.commitment_cost * F.mse_loss(x, quantized),
+            z_q,
+            self.cfg.commitment_cost * commitment,
             torch.special.entr(usage).sum(-1).exp().sum(),
             out.indices.clamp(min=0).view(books, batch, height, width).permute(1, 0, 2, 3),
         )

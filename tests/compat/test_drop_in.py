@@ -86,7 +86,6 @@ def test_other_classes_of_the_name_are_refused(case):
         ("lapo", lambda m: setattr(m.cfg, "num_embs", 3), "embedding has shape"),
         ("lapo", lambda m: setattr(m, "cfg", None), "cfg has no num_codebooks"),
     ],
-    ids=str,
 )
 def test_refusals_name_what_differs(name, change, reason):
     import re
