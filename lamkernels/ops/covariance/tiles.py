@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lamkernels.ops.simd import BITS, I32, I64, _load, _real, _splat, _store, _stored, _widen, lanes
+from lamkernels.ops.simd import BITS, I32, I64, _load, _real, _splat, _store, _stored, _widen, lanes, product_tile
 
 # mypy: disable-error-code="no-untyped-call,no-any-return"
 
@@ -165,37 +165,12 @@ def add_products(typingctx: Any, left: Any, right: Any, depth: Any, out: Any, st
     float64, rows ``stride`` elements apart. The sums over n are in the computed type.
     """
     computed = left.dtype
-    kind, width, size = _real(computed), lanes(computed.name), computed.bitwidth // 8
-    vector, wide = ir.VectorType(kind, width), ir.VectorType(ir.DoubleType(), width)
+    width, size = lanes(computed.name), computed.bitwidth // 8
+    wide = ir.VectorType(ir.DoubleType(), width)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         left, right, depth, out, stride = args
-        before = builder.block
-        loop, done = builder.append_basic_block("products"), builder.append_basic_block("sums")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        remaining, left_at, right_at = builder.phi(I64), builder.phi(left.type), builder.phi(right.type)
-        accumulators = [builder.phi(vector) for _ in range(VECTORS * TILE)]
-        columns = [
-            _load(builder, builder.gep(right_at, [ir.Constant(I64, v * width)]), vector, size) for v in range(VECTORS)
-        ]
-        sums = []
-        for i in range(TILE):
-            entry = _splat(builder, builder.load(builder.gep(left_at, [ir.Constant(I64, i)])), width)
-            for v in range(VECTORS):
-                product = builder.fmul(entry, columns[v], flags=("contract",))
-                sums.append(builder.fadd(product, accumulators[i * VECTORS + v], flags=("contract",)))
-        step = ir.Constant(I64, VECTORS * width)
-        for phi, start, following in (
-            (remaining, depth, builder.sub(remaining, ir.Constant(I64, 1))),
-            (left_at, left, builder.gep(left_at, [step])),
-            (right_at, right, builder.gep(right_at, [step])),
-            *((phi, ir.Constant(vector, None), total) for phi, total in zip(accumulators, sums, strict=True)),
-        ):
-            phi.add_incoming(start, before)
-            phi.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_signed(">", remaining, ir.Constant(I64, 1)), loop, done)
-        builder.position_at_end(done)
+        sums = product_tile(builder, right, left, depth, computed, VECTORS, TILE, VECTORS * width)
         for i in range(TILE):
             row = builder.gep(out, [builder.mul(stride, ir.Constant(I64, i))])
             for v in range(VECTORS):
