@@ -89,10 +89,13 @@ def provisional_shift(x: Tensor, weights: Tensor | None, numbers: Tensor | None,
     with np.errstate(all="ignore"):  # rows that are not finite are found later
         # NumPy's sums: torch's may depend on the number of threads
         mean, variance = (torch.from_numpy(statistic(0)) for statistic in (sample.numpy().mean, sample.numpy().var))
-    shift = on_grid(mean, variance, computed_dtype(x, exact))
+    dtype = computed_dtype(x, exact)
+    shift = on_grid(mean, variance, dtype)
+    if dtype == torch.float64:
+        return shift
     # integers, pixels and halves near their grid: their sums are exact, but for a dither
-    grid = shift.unit / DITHER * 2.0**-7
-    even = (torch.fmod(sample, grid) == 0).all(0)
+    steps = sample[:: max(1, len(sample) // 256)] * (2.0**7 * DITHER / shift.unit)
+    even = (steps == steps.round()).all(0)
     return shift._replace(unit=shift.unit.where(~even, 0.0))
 
 
@@ -115,8 +118,8 @@ def moments(
     if not lag:
         first, largest = scatter(x, weights, exact)
         if y is None:
-            none = [torch.empty(shape, dtype=torch.float64) for shape in ((0,), (0, 0), (x.shape[1], 0))]
-            return first, Scatter(first.weight, *none[:2], first.about), none[2], largest
+            mean, square, xy = (torch.empty(shape, dtype=torch.float64) for shape in ((0,), (0, 0), (x.shape[1], 0)))
+            return first, Scatter(first.weight, mean, square, first.about), xy, largest
         second, other = scatter(y, weights, exact)
         return first, second, cross(x, y, first, second, weights, exact), max(largest, other)
     runs = runs_of_pairs(x, weights, lag)
@@ -186,7 +189,7 @@ def by_runs(x: Tensor, starts: Any, stops: Any, lag: int, exact: bool) -> tuple[
         rest, other = scatter(x, None, exact, alone)
         scatters.append(common.merged(rest))
         largest = max(largest, other)
-    return *scatters, xy, largest
+    return scatters[0], scatters[1], xy, largest
 
 
 def cross(x: Tensor, y: Tensor, first: Scatter, second: Scatter, weights: Tensor | None, exact: bool) -> Tensor:

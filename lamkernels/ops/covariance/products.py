@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -161,9 +161,7 @@ def _multiply_slab(p, stored, computed):
             chunk, ahead = a[FIRST] + slot, -1
             if a[FUSED] == 0:
                 left, right = _packed(a, LEFT, slot, computed), _packed(a, RIGHT, slot, computed)
-                _multiply_block(
-                    a, chunk, ahead, part, i_block, j_block, triangle, left, right, stored, computed
-                )  # fmt: skip
+                _multiply_block(a, chunk, -1, part, i_block, j_block, triangle, left, right, stored, computed)
                 continue
             left, right = own_left, own_right if a[SIDES] == 2 else own_left
             _pack_chunk(a, chunk, part, left, right, stored, computed)
@@ -295,14 +293,6 @@ def runs_of(starts: Any, stops: Any, lag: int) -> np.ndarray[Any, np.dtype[np.in
     return np.ascontiguousarray(np.stack([first, count, lead], 1))
 
 
-def in_order(terms: Tensor, indices: Iterable[int]) -> Tensor:
-    """The sum of some entries of the first axis, one after another; infinities and NaN are found elsewhere."""
-    total = torch.zeros_like(terms[0])
-    for i in indices:
-        total += terms[i]
-    return total
-
-
 class Job:
     """Products of rows, one slab of chunks after another."""
 
@@ -339,10 +329,8 @@ class Job:
             for side, size in zip(sides, sizes.padded, strict=True)
         ]
         self.sums = [torch.zeros((slots, KINDS, 2, size), dtype=torch.float64) for size in sizes.padded]
-        shape = (sizes.parts, *sizes.padded)
-        self.triangle, self.full = (
-            torch.zeros(shape if made else (0,), dtype=torch.float64) for made in (triangle, full)
-        )
+        shapes = ((sizes.parts * made, *sizes.padded) for made in (triangle, full))
+        self.triangle, self.full = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
         largest = torch.zeros(slots, dtype=torch.int64)
         kernels = (_pack, _multiply) if computed == torch.float32 else (_pack_exact, _multiply_exact)
         pack, multiply = (compiled(kernel, x.dtype) for kernel in kernels)
@@ -363,25 +351,31 @@ class Job:
         bits = largest.max()
         entry = float(bits.view(torch.float64) if computed == torch.float64 else bits.int().view(torch.float32))
         self.largest = entry if entry < math.inf else math.inf  # not NaN, which no comparison finds
-        self.columns = [  # torch's sum depends on the number of threads
-            in_order(sums, range(slots))[..., : side.x.shape[1]] for sums, side in zip(self.sums, sides, strict=True)
-        ]
+        with np.errstate(all="ignore"):  # NumPy's sum: torch's depends on the number of threads
+            self.columns = [
+                sums.numpy().sum(0)[..., : side.x.shape[1]] for sums, side in zip(self.sums, sides, strict=True)
+            ]
 
     def results(self, kinds: Sequence[int], triangle: bool, right: int = 0, right_kinds: Sequence[int] = ()) -> Sums:
         """What was made of the left rows of some ``kinds`` and, unless ``triangle``, the rows of ``right``."""
         weight, first, second = self._weights(triangle)
         unit, other_unit = self.shifts[0].unit, self.shifts[right].unit
-        step, beside = in_order(self.columns[0], kinds)
+        step, beside = self._sum(0, kinds)
         step = step + first * unit
         if triangle:
             other_step, other_beside = step, beside
         else:
-            other_step, other_beside = in_order(self.columns[right], right_kinds)
+            other_step, other_beside = self._sum(right, right_kinds)
             other_step = other_step + first * other_unit
         total = weight or 1.0
         lefts = torch.stack([beside + second * unit, unit, -step / math.sqrt(total)])
         rights = torch.stack([other_unit, other_beside, other_step / math.sqrt(total)])
         return Sums(weight, step, self._merged(triangle, lefts, rights))
+
+    def _sum(self, side: int, kinds: Sequence[int]) -> Tensor:
+        """(2, D): the column sums of rows of some kinds, and those times the dither."""
+        with np.errstate(all="ignore"):
+            return torch.from_numpy(self.columns[side][list(kinds)].sum(0))
 
     def _weights(self, triangle: bool) -> tuple[float, float, float]:
         """Σ w, Σ w j and Σ w j² for the dither j."""

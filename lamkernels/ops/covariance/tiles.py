@@ -92,7 +92,8 @@ def pack_panel(
         inside = [
             builder.icmp_signed("<", number, _splat(builder, builder.sub(columns, start), width)) for start in starts
         ]
-        shifts, dithers = [], []
+        shifts: list[ir.Value] = []
+        dithers: list[ir.Value] = []
         for start, mask in zip(starts, inside, strict=True):
             # not masked loads: shifts are padded to whole panels
             for pointer, found in ((shift, shifts), (unit, dithers)):
