@@ -13,8 +13,13 @@ class BuildPy(build_py):
 
 
 setup(
-    packages=[*find_packages(include=["lamkernels", "lamkernels.*"]), "lamkernels.csrc", "lamkernels.bench"],
-    package_dir={"lamkernels.csrc": "csrc", "lamkernels.bench": "bench"},
+    packages=[
+        *find_packages(include=["lamkernels", "lamkernels.*"]),
+        "lamkernels.csrc",
+        "lamkernels.bench",
+        "lamkernels.bench.stock",
+    ],
+    package_dir={"lamkernels.csrc": "csrc", "lamkernels.bench": "bench", "lamkernels.bench.stock": "bench/stock"},
     package_data={"lamkernels": ["py.typed"], "lamkernels.csrc": ["*"]},
     cmdclass={"build_py": BuildPy},
 )

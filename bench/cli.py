@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import first_call, hard_data, one_pass, report
+from . import compat, first_call, hard_data, labelling, one_pass, report, screening
 from .providers import PROVIDERS
 from .runner import Settings, run
 from .workloads import DTYPES, OPS, SUITES, select
@@ -95,6 +95,9 @@ def _parser() -> _Parser:
     add("--hard-data", action="store_true", help="instead: which codes each provider gives on data made to mislead it")
     add("--first-call", action="store_true", help="instead: what the first calls on the CPU cost")
     add("--one-pass", action="store_true", help="instead: what the forward costs beyond the lookup on the CPU")
+    add("--compat", action="store_true", help="instead: the bottlenecks of LAPA, UniVLA, ..., plain and drop-in forms")
+    add("--labelling", action="store_true", help="instead: labels of a data set on the CPU, beside one pair at a time")
+    add("--screening", action="store_true", help="instead: what a bf16 product would decide of a lookup on the CPU")
     add("--list", action="store_true", help="list the workloads and providers, and run nothing")
     return parser
 
@@ -123,9 +126,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _hard_data(args.providers, argv, paths["json"])
     if args.first_call:
         return _first_call(argv, paths["json"])
+    if args.labelling:
+        return _labelling(args.quick, argv, paths["json"])
     if args.one_pass:
         shapes = dict.fromkeys((w.N, w.K, w.D) for w in workloads)
         return _one_pass(shapes, 0.2 if args.quick else args.seconds or 1.0, argv, paths["json"])
+    if args.compat:
+        return _compat(0.2 if args.quick else args.seconds or 1.0, device, argv, paths["json"])
+    if args.screening:
+        shapes = dict.fromkeys((w.N, w.K, w.D) for w in workloads)
+        return _screening(shapes, 0.2 if args.quick else args.seconds or 1.0, argv, paths["json"])
     settings = Settings(
         device=device,
         threads=args.threads,
@@ -189,9 +199,49 @@ def _one_pass(shapes: Iterable[tuple[int, int, int]], seconds: float, argv: Sequ
     return 0
 
 
-def _write(path: Path | None, argv: Sequence[str], found: dict[str, Any]) -> None:
+def _compat(seconds: float, device: str, argv: Sequence[str], path: Path | None) -> int:
+    print(f"{'µs a training step':28}{'(N, K, D)':>18}{'plain':>9}{'drop-in':>9}{'ratio':>8}")
+    found = []
+    for case in compat.CASES:
+        times = compat.compare(case, seconds, device)
+        numbers = f"{times.plain:9.0f}{times.fused:9.0f}{times.speedup:7.2f}×"
+        print(f"{times.project:28}{times.shape!s:>18}{numbers}", flush=True)
+        found.append(times)
+    rows = [times._asdict() | {"speedup": times.speedup} for times in found]
+    _write(path, argv, {"threads": torch.get_num_threads(), "microseconds": rows}, device)
+    return 0
+
+
+def _labelling(quick: bool, argv: Sequence[str], path: Path | None) -> int:
+    threads = torch.get_num_threads()
+    found = [labelling.labelling(name, quick=quick) for name in labelling.ENCODERS]
+    print(f"{'us a pair':12}{'one by one':>12}{'label':>9}{'encoder':>9}{'ratio':>8}{'unequal':>9}{'wrong':>7}")
+    for row in found:
+        times = f"{row.pattern:12.1f}{row.label:9.1f}{row.encoder_only:9.1f}{row.speedup:8.1f}"
+        print(f"{row.encoder:12}{times}{row.unequal:9}{row.wrong:7}")
+    print("encoder: alone, at the batch size of label; wrong: unequal codes that are no near ties")
+    rows = [row._asdict() | {"speedup": row.speedup} for row in found]
+    _write(path, argv, {"threads": threads, "microseconds_per_pair": rows})
+    return int(any(row.wrong for row in found))
+
+
+def _screening(shapes: Iterable[tuple[int, int, int]], seconds: float, argv: Sequence[str], path: Path | None) -> int:
+    found = [screening.screening(shape, seconds) for shape in shapes]
+    print(
+        f"{'ms at (N, K, D)':22}{'lookup':>9}{'sgemm':>9}{'bf16':>9}{'minimum':>9}{'undecided':>11}{'candidates':>12}"
+    )
+    for row in found:
+        taken = "".join(f"{1e3 * t:9.2f}" for t in (row.lookup, row.sgemm, row.bf16, row.minimum))
+        print(f"{row.shape!s:22}{taken}{row.undecided:11.1%}{row.candidates:8.2f}, ≤ {row.most}")
+        if row.missed:
+            print(f"the bound missed the nearest code of {row.missed} rows")
+    _write(path, argv, {"screenings": [row._asdict() for row in found]})
+    return int(any(row.missed for row in found))
+
+
+def _write(path: Path | None, argv: Sequence[str], found: dict[str, Any], device: str = "cpu") -> None:
     if path:
-        about = {"context": report.context("cpu", argv)} | found
+        about = {"context": report.context(device, argv)} | found
         report.replace_file(path, (json.dumps(about, indent=1) + "\n").encode())
         print(f"wrote {path}")
 

@@ -18,17 +18,20 @@ from lamkernels.lookup_free import (
     lookup_free_codes,
     lookup_free_quantize,
 )
-from lamkernels.nn import FSQ, LFQ, SimVQ, VectorQuantize
+from lamkernels.nn import FSQ, LFQ, CodebookHealth, HealthReport, SimVQ, VectorQuantize
 
 if TYPE_CHECKING:
-    from lamkernels import lam
+    from lamkernels import compat, lam
+    from lamkernels.labelling import label
 
 
 __all__ = [
     "FSQ",
     "LFQ",
     "BackendStatus",
+    "CodebookHealth",
     "Covariance",
+    "HealthReport",
     "LFQOutput",
     "Moments",
     "SimVQ",
@@ -37,8 +40,10 @@ __all__ = [
     "__version__",
     "available_backends",
     "code_statistics",
+    "compat",
     "finite_scalar_codes",
     "finite_scalar_quantize",
+    "label",
     "lam",
     "lookup",
     "lookup_free_codes",
@@ -51,7 +56,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``lamkernels.lam`` is loaded when it is first used."""
-    if name == "lam":
-        return importlib.import_module("lamkernels.lam")
+    """``lamkernels.compat``, ``lamkernels.lam`` and ``lamkernels.label`` are loaded when they are first used."""
+    if name in ("compat", "lam"):
+        return importlib.import_module(f"lamkernels.{name}")
+    if name == "label":
+        return importlib.import_module("lamkernels.labelling").label
     raise AttributeError(f"module 'lamkernels' has no attribute {name!r}")

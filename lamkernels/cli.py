@@ -1,4 +1,4 @@
-"""The command line: ``lamkernels info | bench | fit | demo``. Each command is a module with a ``main(argv)``."""
+"""The command line: ``lamkernels info | bench | fit | label | demo``, each a module with a ``main(argv)``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ COMMANDS = {
     "info": ("lamkernels.info", "versions, devices and backends, and what 'auto' would pick"),
     "bench": ("lamkernels.bench.cli", "microbenchmarks beside the peers"),
     "fit": ("lamkernels.lam.fit", "the linear latent action model of your features, videos or games, with a report"),
+    "label": ("lamkernels.labelling.cli", "the latent actions of your data, as Parquet or safetensors, resumable"),
     "demo": ("lamkernels.lam.demo", "train the reference LAM on Atari frames, stock and fused, and report"),
 }
-EXTRAS = ("bench", "demo", "fit")  # commands with an extra of their name
+EXTRAS = ("bench", "demo", "fit", "label")  # commands with an extra of their name
 
 
 def main(argv: Sequence[str] | None = None) -> int:

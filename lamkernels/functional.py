@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamkernels.one_call import numba_one_call, plan_one_call, rows_in_groups
 from lamkernels.ops.code_statistics.op import code_statistics as _code_statistics
 from lamkernels.ops.cosine import unit_rows
 from lamkernels.ops.nearest_code.op import nearest_code as _nearest_code
@@ -170,18 +170,24 @@ def vector_quantize(
         ValueError: a shape, device or option does not fit; the message names it and what is allowed.
         RuntimeError: the backend asked for cannot run here.
     """
-    check_tensors(x, codebook)
-    refuse_tangents(x, codebook)
     check_option("gradient", gradient, GRADIENTS)
     check_option("metric", metric, METRICS)
     check_option("precision", precision, PRECISIONS)
     check_option("backend", backend, BACKENDS)
+    planned = None if metric == "cosine" else plan_one_call(x, codebook, gradient, metric, precision, backend)
+    if planned is None:
+        check_tensors(x, codebook)
+        refuse_tangents(x, codebook)
     if gradient == "noise":
         noise = _noise(x, noise, generator)
     elif noise is not None or generator is not None:
         raise ValueError(f"noise and generator are for gradient='noise'; gradient is {gradient!r}")
     if mask is not None:
         check_mask(mask, x)
+    if planned is not None:
+        mask = None if mask is None else mask.contiguous()
+        noise = None if noise is None else noise.to(x.dtype).contiguous()
+        return VQOutput(*numba_one_call().quantize(x, codebook, planned.plan, (planned.rows, mask, noise)))
     leading = x.shape[:-1]
     rows, codes, score = _canonical(x, codebook, metric, precision)
     flat = rows.shape[0], math.prod(rows.shape[1:-1])
@@ -207,6 +213,43 @@ def vector_quantize(
     return VQOutput(
         quantized.reshape(x.shape).to(x.dtype), indices.reshape(leading), commitment, codebook_loss, counts, sums
     )
+
+
+def quantize_with_loss(
+    x: Tensor, codebook: Tensor, commitment_weight: float, codebook_weight: float, *, metric: Metric = "l2",
+    gradient: Gradient = "ste", precision: Precision = "default", backend: Backend = "auto",
+    whole_rows: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """:func:`vector_quantize` for modules that learn their codebook (K, D) by gradient and want no statistics.
+
+    Args:
+        x: (..., D).
+        codebook: (K, D).
+        commitment_weight: of the commitment loss in the loss.
+        codebook_weight: of the codebook loss in it.
+        metric: this and the rest as for :func:`vector_quantize`.
+        gradient: no "noise".
+        precision: as there.
+        backend: as there.
+        whole_rows: x may have any shape whose entries make whole rows; ``quantized`` gets it too.
+
+    Returns:
+        quantized, indices (...,), or (N,) for such a shape, with 0 for a row that is not finite, and the loss ().
+    """
+    planned = (
+        None
+        if metric == "cosine"
+        else plan_one_call(x, codebook, gradient, metric, precision, backend, whole_rows=whole_rows)
+    )
+    if planned is not None:
+        weights = commitment_weight, codebook_weight
+        step: tuple[Tensor, Tensor, Tensor] = numba_one_call().weighted_step(x, codebook, *planned, weights)
+        return step
+    rows = x.reshape(-1, codebook.shape[1]) if whole_rows and x.shape[-1] != codebook.shape[1] else x
+    out = vector_quantize(rows, codebook, gradient=gradient, metric=metric, precision=precision, backend=backend)
+    weighted = out.commitment_loss if commitment_weight == 1 else commitment_weight * out.commitment_loss
+    loss = torch.add(weighted, out.codebook_loss, alpha=codebook_weight)
+    return out.quantized.reshape(x.shape), out.indices.clamp(min=0), loss
 
 
 def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -242,7 +285,7 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: Back
     check_integer("num_codes", num_codes)
     if x.shape[-1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; its rows must have at least 1 entry")
-    counts, sums = _code_statistics(_rows_in_groups(x.unsqueeze(0)), indices.reshape(1, -1), num_codes, backend)
+    counts, sums = _code_statistics(rows_in_groups(x.unsqueeze(0)), indices.reshape(1, -1), num_codes, backend)
     return counts.squeeze(0), sums.squeeze(0)
 
 
@@ -312,18 +355,7 @@ def _canonical(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tupl
             x, metric = _unit(x, torch.float64), "dot"
     if codebook.ndim == 2:
         x, codebook = x.unsqueeze(0), codebook.unsqueeze(0)
-    return _rows_in_groups(x), codebook, metric
-
-
-def _rows_in_groups(x: Tensor) -> Tensor:
-    """x (H, ..., D) as (H, N, D), or (H, B, N / B, D) where that spares a copy: feature maps with channels first."""
-    heads, dim = x.shape[0], x.shape[-1]
-    if x.ndim > 3 and not x.is_contiguous():
-        axes = [i for i in range(1, x.ndim - 1) if x.shape[i] != 1]
-        apart = [j for i, j in pairwise(axes) if x.stride(i) != x.shape[j] * x.stride(j)]
-        if len(apart) == 1:
-            return x.reshape(heads, math.prod(x.shape[1 : apart[0]]), math.prod(x.shape[apart[0] : -1]), dim)
-    return x.reshape(heads, math.prod(x.shape[1:-1]), dim)
+    return rows_in_groups(x), codebook, metric
 
 
 def _unit(vectors: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ MODULES = sorted(
     for module in pkgutil.walk_packages(lamkernels.__path__, "lamkernels.")
     if not any(part in module.name for part in OPTIONAL) and not module.name.startswith("lamkernels.bench")
 )
-PUBLIC = sorted(set(lamkernels.__all__) - {"__version__", "lam"})
+PUBLIC = sorted(set(lamkernels.__all__) - {"__version__", "compat", "lam"})
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -149,20 +149,6 @@ def test_cosine_codebook_stays_useful(backend):
     assert len(indices.unique()) > 1 and loss < 1
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"update": "gradient", "dead_code_threshold": 2.0}, {"update": "gradient", "init": "kmeans"}],
-    ids=str,
-)
-def test_codebooks_that_would_drift_apart_between_processes_are_refused(monkeypatch, options):
-    monkeypatch.setattr("lamkernels.nn.vector_quantize._world_size", lambda: 2)
-    vq = lk.VectorQuantize(4, 6, **options)
-    with pytest.raises(NotImplementedError, match="does not synchronise"):
-        vq(torch.randn(3, 4))
-    vq.eval()(torch.randn(3, 4))
-    lk.VectorQuantize(4, 6, update="gradient")(torch.randn(3, 4))
-
-
 def test_masked_rows_keep_the_index_that_no_statistic_counts(backend):
     automatic = lk.VectorQuantize(4, 6, backend=backend)
     manual = lk.VectorQuantize(4, 6, ema_update="manual", backend=backend)
@@ -223,7 +209,7 @@ def test_a_small_step_has_the_same_bits_on_any_number_of_threads():
         vq = lk.VectorQuantize(16, 64, backend="numba")
         before, _ = torch.get_num_threads(), torch.set_num_threads(threads)
         try:
-            assert vq._plan_one_call(x).work >= 1 << 20  # which two threads share
+            assert vq._plan_one_call(x).plan.work >= 1 << 20  # which two threads share
             results.append(step(vq, x))
         finally:
             torch.set_num_threads(before)
@@ -282,12 +268,12 @@ def test_buffers_of_any_layout_train_alike(layout):
     assert (wide[:, 8:] == 7).all()
 
 
-@pytest.mark.parametrize("rows", [32, 40000], ids=["one call", "operators"])
-def test_second_derivatives_are_refused_and_gradients_come_in_batches(rows):
-    vq, x = lk.VectorQuantize(8, 16, backend="numba"), torch.randn(rows, 8, requires_grad=True)
-    assert (vq._plan_one_call(x) is not None) is (rows == 32)
+@pytest.mark.parametrize("codes", [16, 5000], ids=["one call", "operators"])
+def test_second_derivatives_are_refused_and_gradients_come_in_batches(codes):
+    vq, x = lk.VectorQuantize(8, codes, backend="numba"), torch.randn(32, 8, requires_grad=True)
+    assert (vq._plan_one_call(x) is not None) is (codes == 16)
     quantized, _, loss = vq(x)
-    grads = torch.randn(2, rows, 8)
+    grads = torch.randn(2, 32, 8)
     (batched,) = torch.autograd.grad(quantized, x, grads, is_grads_batched=True, retain_graph=True)
     assert torch.equal(batched, grads)
     (first,) = torch.autograd.grad(loss, x, create_graph=True)

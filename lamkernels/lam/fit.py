@@ -7,9 +7,7 @@ Rows are accumulated as means and covariances, so the fit is exact, memory does 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +23,7 @@ from lamkernels.lam import fit_figures
 from lamkernels.lam.files import load_tensors, replacing, save_tensors, write_text
 from lamkernels.lam.fit_report import measure, summary
 from lamkernels.lam.linear import LinearLAM
+from lamkernels.lam.processes import process_group
 from lamkernels.lam.sources import Batch, Source, expanded
 from lamkernels.validation import check_integer, check_number, check_weight
 
@@ -93,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     try:
-        with _process_group():
+        with process_group():
             results = fit(config, out, restart=restart, checkpoint_seconds=seconds)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -126,19 +125,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint-seconds", type=float, default=60.0, metavar="S", help="between checkpoints; default: %(default)s")
     add("--restart", action="store_true", help="forget an earlier, unfinished fit in DIR")
     return parser
-
-
-@contextlib.contextmanager
-def _process_group() -> Iterator[None]:
-    """The processes of torchrun, where it started this one."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
-        return
-    distributed.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
 
 
 def fit(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lamkernels.backend import resolve
-from lamkernels.functional import code_statistics, nearest_code, vector_quantize
+from lamkernels.eager import is_plain
+from lamkernels.functional import quantize_with_loss, vector_quantize
+from lamkernels.nn.health import CodebookHealth
 from lamkernels.nn.indices import module_indices
-from lamkernels.ops.cosine import unit_rows
+from lamkernels.nn.learned_codebook import LearnedCodebook, read_initialized
+from lamkernels.nn.processes import Processes
+from lamkernels.nn.processes import world_size as _world_size
+from lamkernels.one_call import OneCall, numba_one_call, plan_one_call
 from lamkernels.validation import (
     BACKENDS,
     GRADIENTS,
@@ -27,11 +29,13 @@ from lamkernels.validation import (
     check_number,
     check_option,
     check_weight,
-    refuse_tangents,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
-class VectorQuantize(nn.Module):
+
+class VectorQuantize(LearnedCodebook):
     """A vector-quantisation bottleneck: ``quantized, indices, loss = vq(x)``.
 
     The codebook is learned either by exponential moving averages of the rows that chose each code (van den Oord et al.
@@ -41,6 +45,9 @@ class VectorQuantize(nn.Module):
     - updates the moving averages in place, with ``update="ema"`` and ``ema_update="forward"``:
       N ← γN + (1−γ)n, M ← γM + (1−γ)Σx, e = M / ((N + ε) / (ΣN + Kε) · ΣN); a batch with no row in changes nothing;
     - replaces the codes whose ``cluster_size`` fell below ``dead_code_threshold`` by rows of the batch drawn at random.
+
+    Under ``torch.distributed`` the batch is that of all processes, the state is the same on all of them, and a training
+    step makes one all_reduce (docs/distributed.md); evaluation makes none.
 
     None of this allocates an N×K matrix or rebinds a buffer, and but for the k-means, once, nothing waits for the GPU.
     The backward needs ``quantized`` as it was: write to a copy of it, not to itself.
@@ -63,6 +70,10 @@ class VectorQuantize(nn.Module):
         metric: "l2", "cosine" or "dot", as for :func:`lamkernels.nearest_code`.
         precision: as for :func:`lamkernels.nearest_code`.
         backend: as for :func:`lamkernels.nearest_code`.
+        process_group: the processes that train the codebook together; None means all, once there are some. Of a device
+            mesh, ``mesh.get_group(...)``.
+        health: counts usage, perplexity, dead codes and replacements of each update, at the price of the path for small
+            steps on the CPU; None counts nothing.
         device: of the codebook.
         dtype: of the codebook, float32 or float64.
 
@@ -79,14 +90,9 @@ class VectorQuantize(nn.Module):
     Raises:
         ValueError: an argument is out of its range, named in the message; or the module was cast to half precision,
             which the averages cannot bear, and trains.
-        NotImplementedError: a forward in training, under a process group of more than one process, that would let the
-            codebooks of the processes drift apart: EMA, dead codes, k-means.
+        NotImplementedError: a forward that would change a codebook of ``update="gradient"``, by k-means or dead codes,
+            while FSDP has it gathered: what it wrote would be lost.
     """
-
-    codebook: Tensor
-    cluster_size: Tensor
-    code_sums: Tensor
-    initialized: Tensor
 
     def __init__(
         self,
@@ -106,6 +112,8 @@ class VectorQuantize(nn.Module):
         metric: Metric = "l2",
         precision: Precision = "default",
         backend: Backend = "auto",
+        process_group: ProcessGroup | None = None,
+        health: CodebookHealth | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -132,11 +140,16 @@ class VectorQuantize(nn.Module):
             ("codebook_weight", codebook_weight),
         ):
             check_weight(name, value)
+        if health is not None and health.codebook_size != codebook_size:
+            raise ValueError(
+                f"health is for {health.codebook_size} codes; it must be for codebook_size={codebook_size}"
+            )
         self.dim, self.codebook_size = dim, codebook_size
         self.update, self.decay, self.eps, self.ema_update = update, decay, eps, ema_update
         self.init, self.kmeans_iters, self.dead_code_threshold = init, kmeans_iters, dead_code_threshold
         self.commitment_weight, self.codebook_weight = commitment_weight, codebook_weight
         self.gradient, self.metric, self.precision, self.backend = gradient, metric, precision, backend
+        self.health, self._processes, self._sharded = health, Processes(process_group), False
 
         codebook = torch.empty(codebook_size, dim, device=device, dtype=dtype)
         if update == "gradient":
@@ -146,8 +159,9 @@ class VectorQuantize(nn.Module):
             self.register_buffer("code_sums", torch.empty_like(codebook))
         self.register_buffer("cluster_size", torch.empty(codebook_size, device=device, dtype=dtype))
         self.register_buffer("initialized", torch.tensor(init == "uniform", device=device))
+        self.register_buffer("_steps", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         self._needs_init = init == "kmeans"  # the host's copy of ~initialized: a forward asks nothing of the GPU
-        self.register_load_state_dict_post_hook(_read_initialized)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(read_initialized)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
     @torch.no_grad()
@@ -155,32 +169,34 @@ class VectorQuantize(nn.Module):
         """Draws the codebook from U(±1/K) and starts the averages at one row a code."""
         self.codebook.uniform_(-1.0 / self.codebook_size, 1.0 / self.codebook_size)
         self._restart_averages()
+        self._steps.zero_()
         self.initialized.fill_(self.init == "uniform")
         self._needs_init = self.init == "kmeans"
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Quantises x (..., D); ``mask`` (...,) bool is False for rows to leave out, which are quantised to zero."""
-        learning = self.training and self.ema_update == "forward"
-        plan = self._plan_one_call(x) if learning and mask is None else None
-        if plan is not None:
-            return self._step_in_one_call(x, plan)
+        counting = self.update == "ema" or self.dead_code_threshold > 0 or self.health is not None
+        learning = counting and self.training and self.ema_update == "forward"
+        one_call = self._plan_one_call(x) if learning and mask is None and self.health is None else None
+        if one_call is not None:
+            return self._step_in_one_call(x, one_call)
         if self.training:
             self._check_training(learning)
             if self._needs_init:
                 self._initialize(x, mask)
-        gradient = "ste" if self.gradient == "noise" and not self.training else self.gradient
-        out = vector_quantize(
-            x,
-            self.codebook if self.update == "gradient" else self.codebook.detach(),
-            mask=mask,
-            gradient=gradient,
-            metric=self.metric,
-            precision=self.precision,
-            backend=self.backend,
-        )
-        loss = self.commitment_weight * out.commitment_loss
+        options: dict[str, Any] = {
+            "gradient": "ste" if self.gradient == "noise" and not self.training else self.gradient,
+            "metric": self.metric,
+            "precision": self.precision,
+            "backend": self.backend,
+        }
+        if self.update == "gradient" and not learning and mask is None and options["gradient"] != "noise":
+            return quantize_with_loss(x, self.codebook, self.commitment_weight, self.codebook_weight, **options)
+        codebook = self.codebook if self.update == "gradient" else self.codebook.detach()
+        out = vector_quantize(x, codebook, mask=mask, **options)
+        loss = out.commitment_loss if self.commitment_weight == 1 else self.commitment_weight * out.commitment_loss
         if self.update == "gradient":
-            loss = loss + self.codebook_weight * out.codebook_loss
+            loss = torch.add(loss, out.codebook_loss, alpha=self.codebook_weight)
         if learning:
             self.update_codebook(out.counts, out.sums, x, mask)
         return out.quantized, module_indices(out.indices, mask), loss
@@ -188,34 +204,32 @@ class VectorQuantize(nn.Module):
     def _check_training(self, learning: bool) -> None:
         if self.update == "ema" and self.codebook.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the codebook is {self.codebook.dtype}; moving averages need float32 or float64")
-        drifts = learning and (self.update == "ema" or self.dead_code_threshold > 0)
-        if (drifts or self._needs_init) and _world_size() > 1:
+        rewrites = self._needs_init or (learning and self.dead_code_threshold > 0)
+        if self._sharded and rewrites:
             raise NotImplementedError(
-                "VectorQuantize does not synchronise its averages, dead codes and k-means between processes yet; use "
-                "update='gradient', init='uniform' and dead_code_threshold=0, or ema_update='manual' with statistics "
-                "that you reduce"
+                "VectorQuantize cannot rewrite a sharded codebook in a forward; initialise it before fully_shard, and "
+                "replace dead codes with ema_update='manual' and update_codebook after the optimiser's step"
             )
 
     def _plan_one_call(self, x: Tensor) -> Any:
-        """A plan for the step as one compiled call, where calls, not arithmetic, are its cost; else None."""
+        """A plan for the lookup and the update as one compiled call; None where the averages need something else."""
+        if self._needs_init or self.update != "ema" or self.metric != "l2" or self.gradient != "ste":
+            return None
+        codebook, sizes, code_sums = averages = self._averages()
         if (
-            self._needs_init
-            or self.update != "ema"
-            or self.metric != "l2"
-            or self.gradient != "ste"
-            or type(x) not in (Tensor, nn.Parameter)
-            or not x.is_cpu
-            or torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack() != 0  # a mode must see every operator
-            or resolve(self.backend, "cpu") != "numba"
-            or _world_size() > 1
+            _world_size() > 1
+            or not is_plain(*averages)
+            or not sizes.is_contiguous()
+            or not code_sums.is_contiguous()
+            or sizes.shape != codebook.shape[:1]
+            or code_sums.shape != codebook.shape
+            or not codebook.dtype == sizes.dtype == code_sums.dtype
         ):
             return None
-        return _train_module().plan(x, *self._averages(), self.decay, self.eps, self.precision)
+        return plan_one_call(x, codebook, "ste", "l2", self.precision, self.backend, (self.decay, self.eps))
 
-    def _step_in_one_call(self, x: Tensor, plan: Any) -> tuple[Tensor, Tensor, Tensor]:
-        refuse_tangents(x)
-        quantized, indices, loss = _train_module().TrainStep.apply(x, *self._averages(), plan)
+    def _step_in_one_call(self, x: Tensor, one_call: OneCall) -> tuple[Tensor, Tensor, Tensor]:
+        quantized, indices, loss = numba_one_call().train_step(x, *self._averages(), *one_call)
         if self.dead_code_threshold > 0:
             self._replace_dead_codes(x, None)
         return quantized, indices, loss if self.commitment_weight == 1 else self.commitment_weight * loss
@@ -224,104 +238,5 @@ class VectorQuantize(nn.Module):
         buffers = self._buffers  # an attribute of a module takes its time
         return buffers["codebook"], buffers["cluster_size"], buffers["code_sums"]  # type: ignore[return-value]
 
-    def code_statistics(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """What :meth:`update_codebook` takes, from a forward's x (..., D) and indices (...,).
-
-        Returns:
-            counts (K,) int64 and sums (K, D); of normalised rows with ``metric="cosine"``. Those of several batches, or
-            of several processes, may be added.
-        """
-        return code_statistics(self._normalize(x.detach()), indices, self.codebook_size, backend=self.backend)
-
-    @torch.no_grad()
-    def update_codebook(
-        self, counts: Tensor, sums: Tensor, x: Tensor | None = None, mask: Tensor | None = None
-    ) -> None:
-        """One in-place update of the averages and, with rows x (..., D) to draw from, of the dead codes.
-
-        Args:
-            counts: (K,) int64, as :meth:`code_statistics` and :func:`lamkernels.vector_quantize` return.
-            sums: (K, D).
-            x: (..., D): the rows that replace dead codes; None replaces none.
-            mask: (...,) bool: False for rows of x that must not be drawn.
-        """
-        weight = torch.where(counts.sum() > 0, 1 - self.decay, 0.0).to(self.cluster_size)  # no row, no change
-        if self.update == "ema":
-            self.cluster_size.lerp_(counts.to(self.cluster_size), weight)
-            self.code_sums.lerp_(sums.to(self.code_sums), weight)
-            total = self.cluster_size.sum()
-            smoothed = (self.cluster_size + self.eps) * (total / (total + self.codebook_size * self.eps))
-            torch.div(self.code_sums, smoothed[:, None], out=self.codebook)
-        elif self.dead_code_threshold > 0:
-            self.cluster_size.lerp_(counts.to(self.cluster_size), weight)
-        if self.dead_code_threshold > 0 and x is not None:
-            self._replace_dead_codes(x, mask)
-
-    @torch.no_grad()
-    def _replace_dead_codes(self, x: Tensor, mask: Tensor | None) -> None:
-        rows = x.reshape(-1, self.dim)
-        if rows.shape[0] == 0:
-            return
-        drawn = torch.randint(rows.shape[0], (self.codebook_size,), device=x.device)
-        dead = self.cluster_size < self.dead_code_threshold
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not dead.any():
-            return  # asking costs nothing here
-        candidates = self._normalize(rows[drawn].to(self.codebook))
-        dead = dead & candidates.isfinite().all(-1)
-        if mask is not None:
-            dead &= mask.reshape(-1)[drawn]
-        # torch.where and copy_, not a boolean index: the number of dead codes stays on the device
-        self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
-        self.cluster_size.masked_fill_(dead, self.dead_code_threshold)
-        if self.update == "ema":
-            self.code_sums.copy_(torch.where(dead[:, None], candidates * self.dead_code_threshold, self.code_sums))
-
-    @torch.no_grad()
-    def _initialize(self, x: Tensor, mask: Tensor | None) -> None:
-        """Lloyd's k-means on the rows of the first batch, from rows drawn at random."""
-        rows = x.detach().reshape(-1, self.dim)
-        keep = rows.isfinite().all(-1)
-        if mask is not None:
-            keep &= mask.reshape(-1)
-        rows = self._normalize(rows[keep].to(self.codebook))  # once per training run, so this may ask the GPU
-        if rows.shape[0] == 0:
-            return
-        order = torch.randperm(rows.shape[0], device=rows.device)
-        codes = rows[order[torch.arange(self.codebook_size, device=rows.device) % rows.shape[0]]]
-        for _ in range(self.kmeans_iters):
-            indices = nearest_code(rows, codes, metric=self.metric, precision=self.precision, backend=self.backend)
-            counts, sums = code_statistics(rows, indices, self.codebook_size, backend=self.backend)
-            codes = torch.where((counts > 0)[:, None], sums / counts.clamp(min=1)[:, None], codes).to(rows)
-        self.codebook.copy_(self._normalize(codes))
-        self._restart_averages()
-        self.initialized.fill_(True)
-        self._needs_init = False
-
-    def _normalize(self, rows: Tensor) -> Tensor:
-        """For the cosine, rows of the length 1 in the dtype of the codebook."""
-        return unit_rows(rows, self.codebook.dtype) if self.metric == "cosine" else rows
-
-    def _restart_averages(self) -> None:
-        self.cluster_size.fill_(1.0)
-        if self.update == "ema":
-            self.code_sums.copy_(self.codebook)
-
     def extra_repr(self) -> str:
         return f"dim={self.dim}, codebook_size={self.codebook_size}, update={self.update!r}, metric={self.metric!r}"
-
-
-def _read_initialized(module: nn.Module, _incompatible: Any) -> None:
-    assert isinstance(module, VectorQuantize)
-    if not module.initialized.is_meta:
-        module._needs_init = not bool(module.initialized)
-
-
-def _world_size() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-@functools.cache
-def _train_module() -> Any:
-    """Loaded when Numba is there and a small step on the CPU asks for it."""
-    return importlib.import_module("lamkernels.ops.vector_quantize.numba_train")

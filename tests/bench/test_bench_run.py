@@ -4,7 +4,8 @@ import csv
 import json
 
 import pytest
-from lamkernels.bench import cli, report, runner
+import torch
+from lamkernels.bench import cli, labelling, report, runner
 from lamkernels.bench.providers import PROVIDERS
 from lamkernels.bench.report import Row
 from lamkernels.bench.workloads import Workload
@@ -251,3 +252,23 @@ def test_the_one_pass_forward_is_compared_with_the_lookup(tmp_path, capsys):
     assert small["allowed"] == pytest.approx(small["lookup"] + 1.2 * small["copy"])
     assert large["allowed"] == pytest.approx(1.1 * large["lookup"])
     assert "(2000, 8, 4)" in capsys.readouterr().out
+
+
+def test_labelling_is_compared_with_one_pair_at_a_time(tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    assert cli.main(["--labelling", "--quick", "--json", str(tmp_path / "labelling.json")]) == 0
+    rows = json.loads((tmp_path / "labelling.json").read_text())["microseconds_per_pair"]
+    assert [row["encoder"] for row in rows] == ["linear", "features", "frames"]
+    for row in rows:
+        assert row["compared"] == 100 and row["wrong"] == 0 and row["unequal"] <= 1
+        assert row["speedup"] == pytest.approx(row["pattern"] / row["label"])
+    assert "one by one" in capsys.readouterr().out
+
+
+def test_a_wrong_code_is_told_from_a_near_tie():
+    given = labelling.case("features", 300)
+    theirs = torch.tensor(labelling.one_by_one(given, 20))
+    wrong = (theirs + 1) % len(given.codebook)
+    everywhere = torch.ones(20, dtype=torch.bool)
+    assert labelling._wrong(given, everywhere, wrong, theirs) == 20
+    assert labelling._wrong(given, everywhere, theirs, theirs) == 0

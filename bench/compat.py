@@ -1,0 +1,167 @@
+"""The bottlenecks of public latent action models at their own sizes: the plain form beside the drop-in form.
+
+One training step: forward, losses, backward, update of the buffers. Both forms run in this process, in turns, from one
+state and one seed; their results are compared before they are timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamkernels.compat import lapa, lapo, moto, univla, villa_x
+
+from .stock import lapa as plain_lapa
+from .stock import lapo as plain_lapo
+from .stock import moto as plain_moto
+from .stock import univla as plain_univla
+from .stock import villa_x as plain_villa_x
+
+WARM = 20  # steps of each form that are not counted
+
+
+class Case(NamedTuple):
+    """A bottleneck as a project trains it.
+
+    Attributes:
+        project: its name, with what is timed of it.
+        shape: (N, K, D): vectors, codes and dimensions.
+        plain: the class of the plain form.
+        fused: that of the drop-in form.
+        arguments: of either constructor, for a device.
+        inputs: shapes of the arguments of the forward, which get a gradient.
+        losses: what the project adds to its loss, from what the forward returns; None where it adds nothing.
+        bare: takes out of a module what is the same in both forms.
+    """
+
+    project: str
+    shape: tuple[int, int, int]
+    plain: Callable[..., nn.Module]
+    fused: Callable[..., nn.Module]
+    arguments: Callable[[str], dict[str, Any]]
+    inputs: tuple[tuple[int, ...], ...]
+    losses: Callable[[Sequence[Any]], Tensor | None]
+    bare: Callable[[Any], None] = lambda module: None
+
+
+class Times(NamedTuple):
+    """Microseconds a step, medians."""
+
+    project: str
+    shape: tuple[int, int, int]
+    plain: float
+    fused: float
+    steps: int
+
+    @property
+    def speedup(self) -> float:
+        return self.plain / self.fused
+
+
+def _lapa(device: str) -> dict[str, Any]:
+    return {"dim": 1024, "num_embeddings": 8, "embedding_dim": 32, "code_seq_len": 4, "device": device}
+
+
+def _quantiser_of_lapa(module: Any) -> None:
+    module.encode = lambda rows, _: rows
+    module.decode = lambda rows, _: rows
+
+
+def _losses_of_univla(outputs: Sequence[Any]) -> Tensor:
+    _, z, x, _ = outputs
+    return F.mse_loss(z, x.detach()) + 0.25 * F.mse_loss(x, z.detach())
+
+
+CASES = (
+    Case(
+        "LAPA", (256, 8, 32), plain_lapa.NSVQ, lapa.NSVQ, _lapa, ((256, 32),) * 2, lambda _: None, _quantiser_of_lapa
+    ),
+    Case(
+        "LAPA with its projections", (256, 8, 32), plain_lapa.NSVQ, lapa.NSVQ, _lapa, ((64, 64, 1024),) * 2,
+        lambda _: None,
+    ),
+    Case(
+        "UniVLA", (256, 16, 128), plain_univla.VectorQuantizer, univla.VectorQuantizer,
+        lambda _: {"num_latents": 16, "latent_dim": 128}, ((64, 4, 128),), _losses_of_univla,
+    ),
+    Case(
+        "villa-X", (256, 32, 128), plain_villa_x.VectorQuantizer2, villa_x.VectorQuantizer2,
+        lambda _: {"n_e": 32, "e_dim": 128, "beta": 0.25}, ((64, 1, 512),), lambda outputs: outputs[1],
+    ),
+    Case(
+        "Moto", (256, 128, 32), plain_moto.VectorQuantizer2, moto.VectorQuantizer2,
+        lambda _: {"n_e": 128, "e_dim": 32, "beta": 0.25}, ((32, 8, 32),), lambda outputs: outputs[2],
+    ),
+    Case(
+        "LAPO", (4096, 64, 16), plain_lapo.VQEmbeddingEMA, lapo.VQEmbeddingEMA,
+        lambda _: {"cfg": plain_lapo.VQConfig()}, ((512, 128),), lambda outputs: outputs[1],
+    ),
+)  # fmt: skip
+
+
+class Step:
+    """One training step of a module on fixed inputs, with a fixed gradient of the quantised vectors."""
+
+    def __init__(self, case: Case, make: Callable[..., nn.Module], device: str) -> None:
+        torch.manual_seed(0)
+        self.module: Any = make(**case.arguments(device)).to(device)
+        case.bare(self.module)
+        self.losses = case.losses
+        self.inputs = [torch.randn(shape).to(device).requires_grad_() for shape in case.inputs]
+        self.grad = torch.randn(self.module(*self.inputs)[0].shape).to(device)
+
+    def __call__(self) -> Sequence[Any]:
+        for tensor in (*self.inputs, *self.module.parameters()):
+            tensor.grad = None
+        outputs: Sequence[Any] = self.module(*self.inputs)
+        loss = self.losses(outputs)
+        heads, grads = ([outputs[0]], [self.grad]) if loss is None else ([outputs[0], loss], [self.grad, None])
+        torch.autograd.backward(heads, grads)
+        return outputs
+
+    def results(self) -> dict[str, Tensor]:
+        """What a step leaves behind, from a seed: outputs, gradients, state."""
+        torch.manual_seed(1)
+        outputs = self()
+        if isinstance(outputs[-1], tuple):  # villa-X's (None, None, indices)
+            outputs = (*outputs[:-1], *outputs[-1])
+        found = {f"output {i}": torch.as_tensor(out).clone() for i, out in enumerate(outputs) if out is not None}
+        named = (*enumerate(self.inputs), *self.module.named_parameters())
+        found |= {f"gradient of {name}": tensor.grad for name, tensor in named if tensor.grad is not None}
+        return found | {name: value.clone() for name, value in self.module.state_dict().items()}
+
+
+def compare(case: Case, seconds: float, device: str) -> Times:
+    """Compares the results of both forms over three steps, and then times them in turns.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    steps = [Step(case, make, device) for make in (case.plain, case.fused)]
+    for _ in range(3):
+        expected, got = (step.results() for step in steps)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    samples: list[list[float]] = [[], []]
+    end = float("inf")
+    while time.perf_counter() < end:
+        for step, times in zip(steps, samples, strict=True):
+            times.append(_seconds(step, device))
+        if end == float("inf") and len(samples[0]) == WARM:
+            samples, end = [[], []], time.perf_counter() + seconds
+    plain, fused = (1e6 * median(times) for times in samples)
+    return Times(case.project, case.shape, plain, fused, len(samples[0]))
+
+
+def _seconds(step: Step, device: str) -> float:
+    """Of the wall, until the device has done what the step asked for."""
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,33 @@
+"""When a kernel may be called without the dispatcher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+
+def is_plain(*tensors: object) -> bool:
+    """Whether these are ordinary CPU tensors and nothing watches or transforms the operators that they go through.
+
+    Then an autograd function over a kernel does what the registered operator does, in half the time. Not so in compiled
+    or traced code, under a dispatch mode, a function transform or forward-mode differentiation, and for subclasses.
+    """
+    if torch.compiler.is_compiling():  # first: what follows is not for the compiler to read
+        return False
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter:
+            return False
+        assert isinstance(tensor, Tensor)
+        if (
+            not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_neg()
+        ):  # a lazy negation is not in memory
+            return False
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+    )

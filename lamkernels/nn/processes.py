@@ -1,0 +1,58 @@
+"""What the processes of a training run agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, distributed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def world_size(group: ProcessGroup | None = None) -> int:
+    """How many processes the group has; 1 without an initialised group, and for a process that is not in it."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return max(1, distributed.get_world_size(group))
+
+
+class Processes:
+    """A group of processes, looked up at each use: it may be made after the module, and copies of a module share it."""
+
+    def __init__(self, group: ProcessGroup | None = None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: object) -> Processes:
+        return self
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """Which of them this one is."""
+        return distributed.get_rank(self.group) if self.size > 1 else 0
+
+    def sums(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over the processes, the same bits on all of them, by one all_reduce; of one process, the parts.
+
+        All parts travel in one buffer of fp64: integers below 2**53 stay exact, and what fp32 sums lose is less than
+        their own rounding.
+
+        Args:
+            parts: tensors of one device, by name; of equal names, order and shapes on all processes.
+
+        Returns:
+            The sums, fp64, by the same names.
+        """
+        if self.size == 1:
+            return dict(parts)
+        buffer = torch.cat([part.reshape(-1).double() for part in parts.values()])
+        distributed.all_reduce(buffer, group=self.group)
+        pieces = torch.split(buffer, [part.numel() for part in parts.values()])
+        return {name: piece.view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)}

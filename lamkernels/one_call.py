@@ -1,0 +1,64 @@
+"""How a small call in eager mode goes past the dispatcher, where that is half of what it costs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lamkernels.backend import resolve
+from lamkernels.eager import is_plain
+from lamkernels.validation import Backend
+
+
+class OneCall(NamedTuple):
+    """How a small call runs without the dispatcher: its ``plan``, and ``rows`` of x in place unless x is contiguous."""
+
+    plan: Any
+    rows: Tensor | None
+
+
+def plan_one_call(
+    x: Tensor, codebook: Tensor, gradient: str, metric: str, precision: str, backend: Backend,
+    averaging: tuple[float, float] | None = None, whole_rows: bool = False,
+) -> OneCall | None:  # fmt: skip
+    """A plan of :mod:`lamkernels.ops.vector_quantize.numba_one_call`, whose arguments these are, or None.
+
+    With ``whole_rows`` x may have any shape of whole rows, if it is contiguous. None in compiled code, under
+    transforms, for other backends, and for arguments that do not fit.
+    """
+    if not is_plain(x, codebook) or not codebook.is_contiguous() or resolve(backend, "cpu") != "numba":
+        return None
+    module, shape, rows, strides = numba_one_call(), x.shape, None, None
+    if x.is_contiguous():
+        dim = codebook.shape[-1]
+        if whole_rows and shape[-1:] != (dim,) and x.numel() % dim == 0:
+            shape = torch.Size((x.numel() // dim, dim))
+    else:
+        detached = x.detach()
+        rows = rows_in_groups(detached if codebook.ndim == 3 else detached.unsqueeze(0))
+        strides = module.row_strides(rows)
+    plan = module.plan(shape, strides, x.dtype, codebook.shape, codebook.dtype, metric, precision, gradient, averaging)
+    return None if plan is None else OneCall(plan, rows)
+
+
+@functools.cache
+def numba_one_call() -> Any:
+    """Loaded when Numba is there and a call on the CPU asks for it."""
+    return importlib.import_module("lamkernels.ops.vector_quantize.numba_one_call")
+
+
+def rows_in_groups(x: Tensor) -> Tensor:
+    """x (H, ..., D) as (H, N, D), or (H, B, N / B, D) where that spares a copy: feature maps with channels first."""
+    heads, dim = x.shape[0], x.shape[-1]
+    if x.ndim > 3 and not x.is_contiguous():
+        axes = [i for i in range(1, x.ndim - 1) if x.shape[i] != 1]
+        apart = [j for i, j in pairwise(axes) if x.stride(i) != x.shape[j] * x.stride(j)]
+        if len(apart) == 1:
+            return x.reshape(heads, math.prod(x.shape[1 : apart[0]]), math.prod(x.shape[apart[0] : -1]), dim)
+    return x.reshape(heads, math.prod(x.shape[1:-1]), dim)

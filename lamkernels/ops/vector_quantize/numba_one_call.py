@@ -1,0 +1,332 @@
+"""vector_quantize in eager mode as one compiled call: lookup, output, losses, statistics and, if asked, the EMA update.
+
+At the sizes latent action models train with, calls cost more than arithmetic. This is :mod:`numba`'s forward and
+backward, to the same bits, under an autograd function instead of the dispatcher: what all calls of one shape have in
+common is planned once (:mod:`numba_plan`), and a call only fills in addresses. No vmap and no compilation, so it serves
+plain eager mode.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lamkernels.ops.code_statistics.numba import sum_rows
+from lamkernels.ops.nearest_code.numba import LOOKUP, row_strides
+from lamkernels.ops.parallel import HUGE, MIN_WORK_PER_THREAD, empty, run
+from lamkernels.ops.vector_quantize.numba import QUANTIZE
+from lamkernels.ops.vector_quantize.numba_plan import BackwardArray, ForwardArray, Plan, plan
+from lamkernels.ops.vector_quantize.op import vector_quantize_backward
+
+__all__ = ["plan", "quantize", "row_strides", "train_step", "weighted_step"]
+
+KEPT = 1 << 20  # bytes of scratch that a thread keeps for its next call
+
+
+class Scratch(threading.local):
+    """Memory of a thread that no call finds as it left it: the next one need not ask for it."""
+
+    def __init__(self) -> None:
+        self.memory = np.empty(0, np.uint8)
+        self.address = 0
+
+    def take(self, size: int) -> Any:
+        """The memory, of at least so many bytes: hold it while its address is in use."""
+        if size > KEPT:
+            return np.empty(size, np.uint8)
+        if size > self.memory.size:
+            self.memory = np.empty(size, np.uint8)
+            self.address = self.memory.ctypes.data
+        return self.memory
+
+
+scratch = Scratch()
+Extras = tuple[Tensor | None, Tensor | None, Tensor | None]
+NO_STATISTICS: Extras = (None, None, None)
+
+
+def _forward(
+    x: Tensor, codebook: Tensor, plan: Plan, extras: Extras, statistics: Extras,
+    averages: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int]:  # fmt: skip
+    """Runs the plan.
+
+    Args:
+        x: (..., D).
+        codebook: (K, D) or (H, K, D), contiguous.
+        plan: for these.
+        extras: the rows of x in place where x is not contiguous, mask, noise; None for what a call has not.
+        statistics: where counts, sums and residual sums go; None for one that nobody wants.
+        averages: cluster sizes and code sums, to be updated with the codebook.
+
+    Returns:
+        quantized, indices, the two losses (the second with the counts), the codes where they are not ``quantized``, and
+        how many rows are in.
+    """
+    (rows, mask, noise), stored = extras, x.dtype
+    quantized = _empty_like(x)
+    indices = quantized.new_empty(plan.leading, dtype=torch.int64)
+    loss = codebook.new_empty(())
+    stored_codes = codebook if stored == codebook.dtype else codebook.to(stored)
+    memory = scratch.take(plan.scratch)
+    base = scratch.address if memory is scratch.memory else memory.ctypes.data
+    array = ForwardArray.from_buffer_copy(plan.forward)
+    array[2], array[5], array[17] = (x if rows is None else rows).data_ptr(), codebook.data_ptr(), indices.data_ptr()
+    array[LOOKUP], array[LOOKUP + 1] = quantized.data_ptr(), stored_codes.data_ptr()
+    codes = codebook_loss = None
+    if mask is not None:
+        array[LOOKUP + 3] = mask.data_ptr()
+    if noise is not None:
+        codes = _empty_like(x)
+        array[LOOKUP + 14], array[LOOKUP + 15] = noise.data_ptr(), codes.data_ptr()
+    array[QUANTIZE] = array[QUANTIZE + 1] = loss.data_ptr()
+    array[QUANTIZE + 3] = base
+    array[LOOKUP + 8], array[LOOKUP + 9], array[LOOKUP + 10] = (
+        base + offset if wanted is None else wanted.data_ptr()
+        for wanted, offset in zip(statistics, plan.statistics, strict=True)
+    )
+    if statistics[0] is not None:
+        codebook_loss = codebook.new_empty(())
+        array[QUANTIZE + 1] = codebook_loss.data_ptr()
+    if averages is not None:
+        sizes, code_sums = averages
+        array[QUANTIZE + 6], array[QUANTIZE + 7], array[QUANTIZE + 8] = (
+            sizes.data_ptr(), code_sums.data_ptr(), codebook.data_ptr(),
+        )  # fmt: skip
+    address = ctypes.addressof(array)
+    if plan.work >= MIN_WORK_PER_THREAD:
+        array[QUANTIZE + 5] = 0
+        plan.call(address)
+        array[QUANTIZE + 4], array[QUANTIZE + 5] = 0, 1
+        run(plan.kernel, address, plan.tasks, plan.work)
+    else:
+        plan.call(address)
+    return quantized, indices, loss, codebook_loss, codes, array[QUANTIZE + 2]
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return empty(x.shape, x.dtype) if x.nbytes >= HUGE else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def quantize(x: Tensor, codebook: Tensor, plan: Plan, extras: Extras) -> tuple[Tensor, ...]:
+    """quantized, indices, both losses, counts and sums, as :func:`lamkernels.vector_quantize` returns them."""
+    if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
+        return _apply(Quantize, x, codebook, plan, *extras)  # type: ignore[no-any-return]
+    return _quantize(x, codebook, plan, extras)[0]
+
+
+def train_step(
+    x: Tensor, codebook: Tensor, sizes: Tensor, code_sums: Tensor, plan: Plan, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """quantized, indices (0 where a row is not finite) and commitment loss; updates the three EMA buffers in place."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return _apply(TrainStep, x, codebook, sizes, code_sums, plan, rows)  # type: ignore[no-any-return]
+    return _train_step(x, codebook, sizes, code_sums, plan, rows)[0]
+
+
+def weighted_step(
+    x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, weights: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """quantized, indices (0 where a row is not finite) and the weighted sum of the commitment and codebook loss.
+
+    x is contiguous, of any shape whose entries are those of the planned rows, or has them in ``rows``.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
+        return _apply(WeightedStep, x, codebook, plan, rows, weights)  # type: ignore[no-any-return]
+    return _weighted_step(x, codebook, plan, rows, weights)[0]
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply`` without its search for function transforms, of which there are none here: see `is_plain`."""
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _quantize(x: Tensor, codebook: Tensor, plan: Plan, extras: Extras) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    counts = codebook.new_empty(codebook.shape[:-1], dtype=torch.int64)
+    sums, residual_sums = torch.empty_like(codebook), torch.empty_like(codebook)
+    quantized, indices, loss, codebook_loss, codes, rows_in = _forward(
+        x, codebook, plan, extras, (counts, sums, residual_sums), None
+    )
+    assert codebook_loss is not None
+    return (quantized, indices, loss, codebook_loss, counts, sums), (residual_sums, codes, rows_in)
+
+
+def _train_step(
+    x: Tensor, codebook: Tensor, sizes: Tensor, code_sums: Tensor, plan: Plan, rows: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, int]:
+    quantized, indices, loss, _, _, rows_in = _forward(
+        x, codebook, plan, (rows, None, None), NO_STATISTICS, (sizes, code_sums)
+    )
+    if not codebook.is_inference():
+        torch.autograd.graph.increment_version((codebook, sizes, code_sums))  # autograd notices the update by it
+    visible = indices if rows_in == indices.numel() else indices.clamp(min=0)
+    return (quantized, visible, loss), indices, rows_in
+
+
+def _weighted_step(
+    x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, weights: tuple[float, float]
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, int]]:
+    residual_sums = torch.empty_like(codebook)
+    quantized, indices, loss, _, _, rows_in = _forward(
+        x, codebook, plan, (rows, None, None), (None, None, residual_sums), None
+    )
+    visible = indices if rows_in == indices.numel() else indices.clamp(min=0)
+    return (quantized, visible, loss.mul_(sum(weights))), (indices, residual_sums, rows_in)
+
+
+class Quantize(torch.autograd.Function):
+    """x (..., D), codebook -> quantized, indices, commitment loss, codebook loss, counts, sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codebook: Tensor,
+        plan: Plan,
+        rows: Tensor | None,
+        mask: Tensor | None,
+        noise: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        outputs, (residual_sums, codes, ctx.rows_in) = _quantize(x, codebook, plan, (rows, mask, noise))
+        quantized, indices, _, _, counts, sums = outputs
+        constant = (indices, counts, sums)
+        ctx.mark_non_differentiable(*constant, *([quantized] if plan.options[1] == "none" else []))
+        ctx.plan, ctx.computed = plan, codebook.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, rows, quantized if codes is None else codes, indices, residual_sums, noise)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return *_gradient(ctx, grads[0], grads[2], grads[3]), None, None, None, None
+
+
+class WeightedStep(torch.autograd.Function):
+    """x, codebook -> quantized as x, indices, commitment_weight · commitment loss + codebook_weight · codebook loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, weights: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outputs, (indices, residual_sums, ctx.rows_in) = _weighted_step(x, codebook, plan, rows, weights)
+        quantized, visible, _ = outputs
+        ctx.plan, ctx.computed, ctx.weights = plan, codebook.dtype, weights
+        ctx.mark_non_differentiable(visible, *([quantized] if plan.options[1] == "none" else []))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, rows, quantized, indices, residual_sums, None)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_quantized: Tensor | None, _: None, grad_loss: Tensor | None) -> Any:
+        on_rows, on_codes = (
+            grad_loss if grad_loss is None or weight == 1 else grad_loss * weight for weight in ctx.weights
+        )
+        return *_gradient(ctx, grad_quantized, on_rows, on_codes), None, None, None
+
+
+class TrainStep(torch.autograd.Function):
+    """x (..., D) -> quantized (..., D), indices (...,), commitment loss (); updates the three EMA buffers in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codebook: Tensor, sizes: Tensor, code_sums: Tensor, plan: Plan, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outputs, indices, ctx.rows_in = _train_step(x, codebook, sizes, code_sums, plan, rows)
+        quantized, visible, _ = outputs
+        ctx.plan, ctx.computed = plan, codebook.dtype
+        ctx.mark_non_differentiable(visible)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, rows, quantized, indices, None, None)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_quantized: Tensor | None, _: None, grad_loss: Tensor | None) -> Any:
+        return _gradient(ctx, grad_quantized, grad_loss, None)[0], None, None, None, None, None
+
+
+def _gradient(
+    ctx: Any, grad_quantized: Tensor | None, grad_commitment: Tensor | None, grad_codebook_loss: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of x and of the codebook."""
+    grads = grad_quantized, grad_commitment, grad_codebook_loss
+    given = [grad for grad in grads if grad is not None]
+    # the operator refuses second derivatives, and has a batching rule
+    run = _in_one_call if not torch.is_grad_enabled() and all(map(_has_memory, given)) else _by_operator
+    return run(ctx, *grads)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """A batch of gradients under vmap has none."""
+    try:
+        return tensor.data_ptr() is not None
+    except RuntimeError:
+        return False
+
+
+@functools.cache
+def _zero(dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype, device="cpu")  # whatever the default device is
+
+
+def _by_operator(
+    ctx: Any, grad_quantized: Tensor | None, grad_commitment: Tensor | None, grad_codebook_loss: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    x, _, codes, indices, residual_sums, noise = ctx.saved_tensors
+    heads, dim = ctx.plan.heads, ctx.plan.dim
+    sums = x.new_zeros((heads, 1, dim), dtype=ctx.computed) if residual_sums is None else residual_sums
+    grad_x, grad_codebook = vector_quantize_backward(
+        x.reshape(heads, -1, dim), codes.reshape(heads, -1, dim), indices.reshape(heads, -1),
+        sums.reshape(heads, -1, dim), indices.new_full((heads,), ctx.rows_in),
+        *(None if rows is None else rows.reshape(heads, -1, dim) for rows in (noise, grad_quantized)),
+        _of_heads(grad_commitment, heads, ctx.computed).reshape(heads),
+        _of_heads(grad_codebook_loss, heads, ctx.computed).reshape(heads), *ctx.plan.options, "numba",
+    )  # fmt: skip
+    return grad_x.reshape(x.shape), None if residual_sums is None else grad_codebook.reshape(residual_sums.shape)
+
+
+def _in_one_call(
+    ctx: Any, grad_quantized: Tensor | None, grad_commitment: Tensor | None, grad_codebook_loss: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    x, rows, codes, indices, residual_sums, noise = ctx.saved_tensors
+    plan, dim = ctx.plan, ctx.plan.dim
+    grad_x, grad_codebook, pull = _empty_like(x), None, None
+    array = BackwardArray.from_buffer_copy(plan.backward)
+    array[2], array[5], array[6] = (x if rows is None else rows).data_ptr(), codes.data_ptr(), indices.data_ptr()
+    if grad_quantized is not None:
+        as_rows = grad_quantized.ndim == 2 and grad_quantized.shape[1] == dim and plan.heads == 1
+        grad = grad_quantized if as_rows else grad_quantized.reshape(plan.heads, -1, dim)
+        if grad.stride(-1) not in (0, 1):
+            grad = grad.contiguous()
+        array[7] = grad.data_ptr()
+        *head_stride, array[12], array[13] = grad.stride()
+        array[11] = head_stride[0] if head_stride else 0
+        if noise is not None:
+            pull = torch.empty(indices.numel(), dim, dtype=ctx.computed, device="cpu")
+            array[22], array[23] = noise.data_ptr(), pull.data_ptr()
+    on_rows, on_codes = (_of_heads(grad, plan.heads, ctx.computed) for grad in (grad_commitment, grad_codebook_loss))
+    array[14], array[15] = on_rows.data_ptr(), on_codes.data_ptr()
+    rows_in = (ctypes.c_int64 * plan.heads)(*[ctx.rows_in] * plan.heads)
+    array[16], array[18] = ctypes.addressof(rows_in), grad_x.data_ptr()
+    if residual_sums is not None and ctx.needs_input_grad[1]:
+        grad_codebook = torch.empty_like(residual_sums)
+        array[9], array[17], array[19] = residual_sums.shape[-2], residual_sums.data_ptr(), grad_codebook.data_ptr()
+    run(plan.kernel_backward, ctypes.addressof(array), plan.backward_tasks, 4 * x.numel())
+    if pull is not None and grad_codebook is not None:
+        pulls = grad_codebook.new_empty(plan.heads, *grad_codebook.shape[-2:])
+        counts = indices.new_empty(pulls.shape[:2])
+        sum_rows(pull.view(plan.heads, -1, dim), indices.view(plan.heads, -1), None, counts, pulls, None)
+        grad_codebook -= pulls.view(grad_codebook.shape)
+    return grad_x, grad_codebook
+
+
+def _of_heads(grad: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:
+    """The gradient of a loss (), for each head: the loss is a mean over the rows of all heads."""
+    if grad is None:
+        grad = _zero(dtype)
+    return grad if heads == 1 else grad.repeat(heads)

@@ -1,0 +1,180 @@
+"""The kernel of a small call, and what all calls of one shape have in common."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import carray, njit
+
+from lamkernels.ops.nearest_code.numba import (
+    FLAGS,
+    LOOKUP,
+    METRICS,
+    Strides,
+    elements,
+    lookup_parameters,
+    prepare_heads,
+    sizes_of,
+)
+from lamkernels.ops.parallel import compiled, entry
+from lamkernels.ops.simd import computed_type, stored_type, words
+from lamkernels.ops.vector_quantize.numba import (
+    BACKWARD,
+    BACKWARD_CHUNK,
+    QUANTIZE,
+    backward,
+    nan_and_zero,
+    quantize_chunks,
+    sums_by_chunk,
+)
+
+# The parameters behind those of the quantisation: 0 and 1 the two losses over all heads, 2 how many rows are in, 3 the
+# address of the scratch, to which the elements in SCRATCH are relative, 4 whether this call prepares and 5 whether it
+# does the rest. For an EMA update, of one head: 6 cluster sizes (K,) or 0, 7 code sums (K, D), 8 codebook (K, D), all
+# in the computed type, 9 and 10 the bits of the decay and of ε as fp64
+ONE_CALL = QUANTIZE + 11
+SCRATCH = (7, LOOKUP + 5, LOOKUP + 6, LOOKUP + 7, LOOKUP + 11, LOOKUP + 12, LOOKUP + 13)
+
+
+@njit(**FLAGS)
+def _one_call(p, stored, computed):
+    a = carray(p, (ONE_CALL,))
+    if a[QUANTIZE + 4] != 0:
+        for place in SCRATCH:
+            a[place] += a[QUANTIZE + 3]
+        prepare_heads(p, computed)
+        a[0] = 0
+    if a[QUANTIZE + 5] == 0 or not quantize_chunks(p, stored, computed):
+        return
+    rows_in = elements(a[LOOKUP + 13], 0, a[18], np.int64(0))
+    losses = elements(a[LOOKUP + 11], 0, a[18], computed)
+    loss, inside = np.float64(losses[0]), rows_in[0]
+    if a[18] > 1:  # the mean over all rows that are in, whichever head they belong to
+        loss *= np.float64(inside)
+        for head in range(1, a[18]):
+            loss += np.float64(losses[head]) * np.float64(rows_in[head])
+            inside += rows_in[head]
+        loss /= np.float64(max(inside, 1))
+    elements(a[QUANTIZE], 0, 1, computed)[0] = loss
+    elements(a[QUANTIZE + 1], 0, 1, computed)[0] = loss
+    a[QUANTIZE + 2] = inside
+    if a[QUANTIZE + 6] != 0 and inside > 0:  # with no row that is in, the averages stay
+        _update_averages(a, computed)
+
+
+@njit(**FLAGS)
+def _update_averages(a, computed):
+    num_codes, dim = a[9], a[10]
+    settings = a.view(np.float64)
+    new, eps = 1.0 - settings[QUANTIZE + 9], settings[QUANTIZE + 10]
+    counts = elements(a[LOOKUP + 8], 0, num_codes, np.int64(0))
+    sums = elements(a[LOOKUP + 9], 0, num_codes * dim, computed)
+    sizes = elements(a[QUANTIZE + 6], 0, num_codes, computed)
+    averages = elements(a[QUANTIZE + 7], 0, num_codes * dim, computed)
+    codebook = elements(a[QUANTIZE + 8], 0, num_codes * dim, computed)
+    total = 0.0
+    for k in range(num_codes):
+        sizes[k] += new * (counts[k] - sizes[k])
+        total += sizes[k]
+    scale = (total + num_codes * eps) / total
+    for k in range(num_codes):
+        smoothed = scale / (sizes[k] + eps)
+        for d in range(k * dim, (k + 1) * dim):
+            averages[d] += new * (sums[d] - averages[d])
+            codebook[d] = averages[d] * smoothed
+
+
+def _step(p):
+    _one_call(words(p), stored_type(p), computed_type(p))
+
+
+STORED_AS = {torch.float32: (torch.float32, torch.bfloat16, torch.float16), torch.float64: (torch.float64,)}
+ForwardArray, BackwardArray = ctypes.c_int64 * ONE_CALL, ctypes.c_int64 * BACKWARD
+
+
+class Plan(NamedTuple):
+    """What all calls of one shape have in common."""
+
+    forward: Any  # ForwardArray and BackwardArray without the addresses
+    backward: Any
+    scratch: int  # bytes
+    statistics: tuple[int, int, int]  # where in the scratch counts, sums and residual sums are, if nobody wants them
+    tasks: int
+    work: int
+    kernel: Any  # the compiled forward, it as a function of an address, and the compiled backward
+    call: Callable[[int], None]
+    kernel_backward: Any
+    backward_tasks: int
+    leading: torch.Size  # of the indices
+    heads: int
+    dim: int
+    options: tuple[str, str]  # metric and gradient
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(
+    shape: torch.Size, strides: Strides | None, stored: torch.dtype, codes: torch.Size, computed: torch.dtype,
+    metric: str, precision: str, gradient: str, averaging: tuple[float, float] | None = None,
+) -> Plan | None:  # fmt: skip
+    """The plan for x (..., D) or (H, ..., D), and a contiguous codebook (K, D) or (H, K, D).
+
+    Args:
+        shape: of x.
+        strides: of its rows, None where it is contiguous.
+        stored: the dtype of x.
+        codes: the shape of the codebook.
+        computed: its dtype.
+        metric: "l2" or "dot", or "cosine" with normalised codes.
+        precision: as for the operator.
+        gradient: as for the operator.
+        averaging: the decay and the ε of an EMA update.
+
+    Returns:
+        None for what the other path refuses or does better: shapes that do not fit, half-precision codebooks, codebooks
+        too large to be summed with the lookup.
+    """
+    if len(codes) not in (2, 3) or len(shape) < len(codes) - 1 or shape[-1] != codes[-1] or 0 in shape or 0 in codes:
+        return None
+    heads, (num_codes, dim) = codes[0] if len(codes) == 3 else 1, codes[-2:]
+    if (len(codes) == 3 and shape[0] != heads) or stored not in STORED_AS.get(computed, ()):
+        return None
+    item, size, rows = computed.itemsize, num_codes * dim, shape.numel() // (heads * dim)
+    if not sums_by_chunk(heads, rows, num_codes, dim, item):
+        return None
+    cut = sizes_of(rows, num_codes, dim, item, True)
+    tasks, strides = heads * cut.chunks, strides or Strides(rows * dim, dim)
+    sizes = (
+        ("partial counts", 8 * tasks * num_codes), ("partial losses", 16 * tasks), ("rows in", 8 * heads),
+        ("counts", 8 * heads * num_codes), ("sums", item * heads * size), ("residual sums", item * heads * size),
+        ("losses", 8 * heads), ("partial sums", item * tasks * size), ("codebook", item * heads * cut.workspace),
+    )  # fmt: skip
+    at, scratch = {}, 0
+    for name, nbytes in sizes:
+        at[name] = scratch
+        scratch += nbytes + -nbytes % 64
+    bits = (ctypes.c_int64 * 2).from_buffer_copy((ctypes.c_double * 2)(*(averaging or (0.0, 0.0))))
+    forward = ForwardArray(
+        0, 0,
+        *lookup_parameters(
+            0, strides, (0, size), at["codebook"], (rows, num_codes, dim), cut, METRICS[metric], precision, 0, heads
+        ),
+        0, 0, size, 0, nan_and_zero(stored).data_ptr(), at["partial sums"], at["partial counts"], at["partial losses"],
+        0, 0, 0, at["losses"], at["losses"], at["rows in"], 0, 0,
+        0, 0, 0, 0, 1, 1, 0, 0, 0, *bits,
+    )  # fmt: skip
+    chunk = max(1, BACKWARD_CHUNK // dim)
+    backward_array = BackwardArray(
+        0, 0, 0, strides.head, strides.row, 0, 0, 0, rows, 0, dim, 0, 0, 0, 0, 0, 0, 0, 0, 0, heads, chunk, 0, 0,
+        metric == "cosine", gradient == "rotation", strides.group, strides.group_stride, strides.entry,
+    )  # fmt: skip
+    kernel = compiled(_step, stored)
+    return Plan(
+        forward, backward_array, scratch, (at["counts"], at["sums"], at["residual sums"]), tasks,
+        heads * rows * num_codes * dim, kernel, entry(kernel), compiled(backward, stored),
+        heads * (-(-rows // chunk) + 1), shape[:-1], heads, dim, (metric, gradient),
+    )  # fmt: skip

@@ -1,0 +1,55 @@
+"""A training step with everything on waits for nothing, and a CUDA graph replays it with new draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lamkernels as lk
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device; there is none here"),
+]
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_a_step_with_dead_codes_and_health_never_synchronises(update: str) -> None:
+    vq = lk.VectorQuantize(
+        16, 64, update=update, dead_code_threshold=2.0, health=lk.CodebookHealth(64, window=3), device="cuda"
+    )
+    batches = torch.randn(6, 256, 16, device="cuda")
+    vq(batches[0])  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x in batches[1:]:
+            vq(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert vq.health is not None
+    report = vq.health.read()
+    assert report.updates == 3 and report.rows == 3 * 256 and report.replaced > 0
+
+
+def test_a_graph_draws_other_rows_at_each_replay() -> None:
+    vq = lk.VectorQuantize(4, 32, update="gradient", decay=1.0, dead_code_threshold=2.0, device="cuda")
+    x = torch.randn(4096, 4, device="cuda")
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                vq(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            vq(x)
+        seen = []
+        for _ in range(3):
+            vq.cluster_size.zero_()
+            graph.replay()
+            seen.append(vq.codebook.detach().clone())
+    for codes in seen:
+        assert (codes[:, None] == x).all(-1).any(1).all()
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])

@@ -1,0 +1,143 @@
+"""A small call in eager mode goes past the dispatcher: it must give what the registered operators give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lamkernels as lk
+from lamkernels import functional
+from lamkernels.eager import is_plain
+
+numba = pytest.importorskip("numba")
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def run(x, codebook, **options):
+    leaf, codes = x.clone().requires_grad_(), codebook.clone().requires_grad_()
+    out = lk.vector_quantize(options.pop("layout", lambda t: t)(leaf), codes, backend="numba", **options)
+    loss = 3 * out.commitment_loss + 5 * out.codebook_loss
+    if out.quantized.requires_grad:
+        out.quantized.backward(torch.ones((), dtype=x.dtype).expand(out.quantized.shape), retain_graph=True)
+    loss.backward()
+    return (*out, leaf.grad, codes.grad)
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """The outputs and gradients of the one call, in dirty scratch, and of the operators."""
+
+    def compare(x, codebook, **options):
+        one_call = functional.numba_one_call()
+        one_call.scratch.take(1 << 16).fill(255)
+        planned = []
+        plan = functional.plan_one_call
+        with monkeypatch.context() as patch:
+            patch.setattr(functional, "plan_one_call", lambda *a, **k: planned.append(plan(*a, **k)) or planned[-1])
+            mine = run(x, codebook, **options)
+        assert planned and planned[0] is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(functional, "plan_one_call", lambda *_, **__: None)
+            return mine, run(x, codebook, **options)
+
+    return compare
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "every other entry": lambda x: x[..., ::2],
+    "channels first": lambda x: x.transpose(1, 2).reshape(2, x.shape[2], 5, -1).movedim(1, -1),
+    "expanded": lambda x: x[:, :1].expand(-1, 9, -1),
+}
+
+
+@pytest.mark.parametrize("gradient", ["ste", "rotation", "noise", "none"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_the_same_bits(both, gradient, layout, dtype, metric):
+    base = torch.randn(2, 50, 8).to(dtype)
+    base[1, 7, 2] = torch.nan
+    x = LAYOUTS[layout](base)
+    codebook = torch.randn(10, x.shape[-1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    noise = torch.randn(x.shape).to(dtype) if gradient == "noise" else None
+    mask = torch.rand(x.shape[:-1]) < 0.8
+    mine, theirs = both(
+        base, codebook, layout=LAYOUTS[layout], gradient=gradient, metric=metric, noise=noise, mask=mask
+    )
+    for name, a, b in zip((*lk.VQOutput._fields, "grad_x", "grad_codebook"), mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("gradient", ["ste", "noise"])
+def test_a_codebook_per_head(both, gradient):
+    """LAPO's latents: two codebooks, rows with entries apart. The losses are means over the rows of both."""
+    base, codebook = torch.randn(6, 2, 16, 4), torch.randn(2, 64, 16)
+    base[0, 1, 3, 2] = torch.inf
+    options = {"layout": lambda x: x.permute(1, 0, 3, 2), "gradient": gradient}
+    if gradient == "noise":
+        options["noise"] = torch.randn(2, 6, 4, 16)
+    mine, theirs = both(base, codebook, **options)
+    for name, a, b in zip((*lk.VQOutput._fields, "grad_x", "grad_codebook"), mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8, equal_nan=True, msg=lambda t, name=name: f"{name}: {t}")
+    assert torch.equal(mine[1], theirs[1])
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_gradients_of_some_outputs(heads):
+    x, codebook = torch.randn(heads, 40, 8, requires_grad=True), torch.randn(heads, 10, 8, requires_grad=True)
+    out = lk.vector_quantize(x, codebook, backend="numba")
+    codes = codebook[torch.arange(heads)[:, None], out.indices]
+    for mine, theirs in (
+        (out.commitment_loss, (x - codes.detach()).square().mean()),
+        (out.codebook_loss, (x.detach() - codes).square().mean()),
+        (out.quantized.sin().sum(), (x + (codes - x).detach()).sin().sum()),
+    ):
+        grads = torch.autograd.grad(mine, (x, codebook), retain_graph=True)
+        wanted = torch.autograd.grad(
+            theirs, (x, codebook), retain_graph=True, materialize_grads=True, allow_unused=True
+        )
+        torch.testing.assert_close(grads, wanted, rtol=1e-5, atol=1e-7)
+    frozen = lk.vector_quantize(x, codebook.detach(), backend="numba")
+    (grad,) = torch.autograd.grad(frozen.commitment_loss, x)
+    torch.testing.assert_close(grad, torch.autograd.grad((x - codes.detach()).square().mean(), x)[0])
+
+
+def test_second_derivatives_and_batches_of_gradients(both):
+    x, codebook = torch.randn(20, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    out = lk.vector_quantize(x, codebook, gradient="noise", noise=torch.randn(20, 4), backend="numba")
+    grads = torch.randn(3, 20, 4)
+    batched = torch.autograd.grad(out.quantized, (x, codebook), grads, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(out.quantized, (x, codebook), g, retain_graph=True) for g in grads]
+    for mine, theirs in zip(batched, zip(*single, strict=True), strict=True):
+        torch.testing.assert_close(mine, torch.stack(theirs))
+    (first,) = torch.autograd.grad(out.commitment_loss, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        first.square().sum().backward()
+
+
+def test_what_the_dispatcher_must_see_is_not_plain():
+    x = torch.randn(3, 4)
+    assert is_plain(x, torch.nn.Parameter(x))
+    seen = []
+    torch.func.vmap(lambda row: seen.append(is_plain(row)) or row)(x)
+    torch.jit.trace(lambda row: seen.append(is_plain(row)) or row + 1, (x,), check_trace=False)
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(is_plain(x))
+    complex_tensor = torch.randn(3, 4, dtype=torch.complex64)
+    seen += [is_plain(complex_tensor.conj().imag), is_plain(x.to("meta")), is_plain(x.to_sparse()), is_plain(None)]
+    assert seen == [False] * 7
+    negated = complex_tensor.conj().imag  # whose memory has the other sign
+    codebook = torch.randn(6, 4)
+    assert torch.equal(lk.nearest_code(negated, codebook), lk.nearest_code(negated.clone(), codebook))
+    mine, theirs = (lk.vector_quantize(t, codebook) for t in (negated, negated.clone()))
+    assert torch.equal(mine.indices, theirs.indices)
+
+
+def test_large_scratch_is_not_kept():
+    one_call = functional.numba_one_call()
+    x, codebook = torch.randn(70000, 16), torch.randn(1500, 16)
+    out = lk.vector_quantize(x, codebook, backend="numba")
+    assert functional.plan_one_call(x, codebook, "ste", "l2", "default", "numba").plan.scratch > one_call.KEPT
+    assert one_call.scratch.memory.size <= one_call.KEPT
+    assert torch.equal(out.counts, torch.bincount(out.indices, minlength=1500))
