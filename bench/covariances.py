@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from lamkernels.covariance import Covariance
 from lamkernels.joint_moments import moments
 
 from .workloads import Inputs, Workload
 
+BATCH = 4096  # rows of an update
 Run = Callable[[int], dict[str, Any]]
 
 
@@ -23,6 +25,24 @@ def ours(backend: Any) -> Callable[[Workload, Inputs], Run]:
         def run(i: int) -> dict[str, Any]:
             found = moments(inputs.x[i], lag=lag, backend=backend)._asdict()
             return {name: found[name] / (pairs - 1) for name in ("xx", "xy", "yy") if found[name] is not None}
+
+        return run
+
+    return covariance
+
+
+def streamed(backend: Any) -> Callable[[Workload, Inputs], Run]:
+    """lamkernels.Covariance, fed in batches."""
+
+    def covariance(workload: Workload, inputs: Inputs) -> Run:
+        def run(i: int) -> dict[str, Any]:
+            accumulator = Covariance(workload.D, lag=workload.K or None, backend=backend)
+            for rows in inputs.x[i].split(BATCH):
+                accumulator.update(rows)
+            found = {"xx": accumulator.covariance()}
+            if workload.K:
+                found |= {"xy": accumulator.cross_covariance(), "yy": accumulator.covariance_y()}
+            return found
 
         return run
 

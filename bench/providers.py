@@ -420,6 +420,7 @@ PROVIDERS: dict[str, Provider] = {
     for provider in (
         Provider("numba", "ours", _ours("numba"), "numba", "numba"),
         Provider("numba-exact", "ours", {"nearest_code": _lookup("numba", "exact")}, "numba", "numba"),
+        Provider("numba-batches", "ours", {"covariance": covariances.streamed("numba")}, "numba", "numba"),
         Provider("triton", "ours", _ours("triton"), "triton", "triton"),
         Provider("reference", "baseline", _ours("reference"), "lamkernels", "lamkernels"),
         Provider("eager", "peer", _torch(compiled=False) | {"covariance": covariances.eager}, "torch", "torch"),

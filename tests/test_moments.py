@@ -109,6 +109,51 @@ def test_an_offset_costs_no_accuracy(backend, shape, mean):
     assert_close(moments(x, lag=3, backend=backend), by_definition(x, lag=3), 1e-7)
 
 
+def few_values() -> dict[str, Tensor]:
+    coin = torch.rand(20_000, 24)
+    return {
+        "two values": torch.where(coin < 0.3, 2.0115, 0.777),
+        "two values, mean 10": torch.where(coin < 0.5, 10.1, 10.0),
+        "two values, mean 1000": torch.where(coin < 0.1, 1003.4, 1000.1),
+        "three values": (coin * 3).floor() * 0.3333 + 5,
+        "pixels": (coin * 256).floor() / 255,
+        "halves, mean 3": (torch.randn(20_000, 24) + 3).half(),
+        "normal, mean 1000": torch.randn(20_000, 24) + 1000,
+    }
+
+
+@pytest.mark.parametrize("name", list(few_values()))
+def test_equal_rows_are_not_rounded_alike(backend, name):
+    x = few_values()[name]
+    mask = torch.arange(len(x) - 1) % 100 != 99  # the pairs of episodes
+    assert_close(moments(x, backend=backend), by_definition(x), 1e-7)
+    assert_close(moments(x, lag=1, backend=backend), by_definition(x, lag=1), 1e-7)
+    assert_close(moments(x, lag=1, weights=mask, backend=backend), by_definition(x, lag=1, weights=mask), 1e-7)
+    assert_close(moments(x[:900], lag=40, backend=backend), by_definition(x[:900], lag=40), 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_integers_are_exact(backend, dtype):
+    x = torch.randint(-4, 5, (5000, 7)).to(dtype)
+    for lag in (None, 1, 40):
+        got, want = moments(x, lag=lag, backend=backend), by_definition(x, lag=lag)
+        assert_close(got, want, 1e-13)
+
+
+@pytest.mark.parametrize("lag", [1, 7, 32])
+def test_runs_of_pairs(backend, lag):
+    """Episodes of many lengths, some shorter than the lag, in halves that have a NaN between them."""
+    x = torch.randn(4000, 150) + 20
+    x[1500] = torch.nan
+    mask = torch.rand(4000 - lag) < 0.995
+    mask[: lag + 3] = False
+    mask[lag + 3 : lag + 5] = True
+    for weights in (mask, mask * 3.0):
+        assert_close(
+            moments(x, lag=lag, weights=weights, backend=backend), by_definition(x, lag=lag, weights=weights), 1e-7
+        )
+
+
 def hard_data() -> dict[str, Tensor]:
     x = torch.randn(3000, 6)
     trend = x + torch.linspace(-500, 500, 3000)[:, None]

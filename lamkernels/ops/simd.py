@@ -314,6 +314,46 @@ def micro_runner_up(
     return types.void(t, c, half_norm, types.int64, types.int64, best, index, second), _micro(t.dtype)
 
 
+def product_tile(
+    builder: ir.IRBuilder, rows: ir.Value, scalars: ir.Value, depth: ir.Value, computed: Any, vectors: int, tile: int,
+    stride: int,
+) -> list[ir.Value]:  # fmt: skip
+    """The sums over n < depth of rows[n, :] · scalars[n, j], j < tile, in registers: vector r of j at j · vectors + r.
+
+    rows: pointer to [depth, vectors · lanes]; scalars: pointer to [depth, stride]; depth is at least 1.
+    """
+    width, itemsize = lanes(computed.name), computed.bitwidth // 8
+    vector = ir.VectorType(_real(computed), width)
+    before = builder.block
+    loop, done = builder.append_basic_block("products"), builder.append_basic_block("sums")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    left, rows_at, scalars_at = builder.phi(I64), builder.phi(rows.type), builder.phi(scalars.type)
+    accumulators = [builder.phi(vector) for _ in range(vectors * tile)]
+    row = [
+        _load(builder, builder.gep(rows_at, [ir.Constant(I64, r * width)]), vector, itemsize) for r in range(vectors)
+    ]
+    sums = []
+    for j in range(tile):
+        entry = _splat(builder, builder.load(builder.gep(scalars_at, [ir.Constant(I64, j)])), width)
+        for r in range(vectors):
+            # "contract" alone: a fused multiply-add, without the licence to assume that there is no NaN
+            product = builder.fmul(entry, row[r], flags=("contract",))
+            sums.append(builder.fadd(product, accumulators[j * vectors + r], flags=("contract",)))
+    # pointers that advance, not products of an index, which would be formed again on every turn
+    for phi, start, following in (
+        (left, depth, builder.sub(left, ir.Constant(I64, 1))),
+        (rows_at, rows, builder.gep(rows_at, [ir.Constant(I64, vectors * width)])),
+        (scalars_at, scalars, builder.gep(scalars_at, [ir.Constant(I64, stride)])),
+        *((phi, ir.Constant(vector, None), total) for phi, total in zip(accumulators, sums, strict=True)),
+    ):
+        phi.add_incoming(start, before)
+        phi.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed(">", left, ir.Constant(I64, 1)), loop, done)
+    builder.position_at_end(done)
+    return sums
+
+
 def _micro(computed: Any) -> Any:
     kind, width, itemsize = _real(computed), lanes(computed.name), computed.bitwidth // 8
     vector = ir.VectorType(kind, width)
@@ -321,36 +361,7 @@ def _micro(computed: Any) -> Any:
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         t, c, half_norm, dim, code, best, index, *runner_up = args
-        before = builder.block
-        loop, done = builder.append_basic_block("products"), builder.append_basic_block("minimum")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        left, t_at, c_at = builder.phi(I64), builder.phi(t.type), builder.phi(c.type)
-        accumulators = [builder.phi(vector) for _ in range(VECTORS * TILE)]
-        rows = [
-            _load(builder, builder.gep(t_at, [ir.Constant(I64, r * width)]), vector, itemsize) for r in range(VECTORS)
-        ]
-        sums = []
-        for j in range(TILE):
-            entry = _splat(builder, builder.load(builder.gep(c_at, [ir.Constant(I64, j)])), width)
-            for r in range(VECTORS):
-                # "contract" alone: a fused multiply-add, without the licence to assume that there is no NaN
-                product = builder.fmul(entry, rows[r], flags=("contract",))
-                sums.append(builder.fadd(product, accumulators[j * VECTORS + r], flags=("contract",)))
-        # pointers that advance, not products of an index, which would be formed again on every turn
-        for phi, start, following in (
-            (left, dim, builder.sub(left, ir.Constant(I64, 1))),
-            (t_at, t, builder.gep(t_at, [ir.Constant(I64, VECTORS * width)])),
-            (c_at, c, builder.gep(c_at, [ir.Constant(I64, TILE)])),
-            *(
-                (sum_before, ir.Constant(vector, None), total)
-                for sum_before, total in zip(accumulators, sums, strict=True)
-            ),
-        ):
-            phi.add_incoming(start, before)
-            phi.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_signed(">", left, ir.Constant(I64, 1)), loop, done)
-        builder.position_at_end(done)
+        sums = product_tile(builder, t, c, dim, computed, VECTORS, TILE, TILE)
         code = builder.trunc(code, I32)
         norms = [
             _splat(builder, builder.load(builder.gep(half_norm, [ir.Constant(I64, j)])), width) for j in range(TILE)

@@ -198,7 +198,10 @@ def test_plot_needs_matplotlib(monkeypatch, capsys):
     [
         (["--suite", "lamm"], "--suite is 'lamm'; allowed are lam, tokenizer, memory"),
         (["--op", "x,nearest_code"], "--op is 'x'; allowed are nearest_code, vector_quantize"),
-        (["--providers", "nope"], "--providers is 'nope'; allowed are numba, numba-exact, triton, reference"),
+        (
+            ["--providers", "nope"],
+            "--providers is 'nope'; allowed are numba, numba-exact, numba-batches, triton, reference",
+        ),
         (["--providers", ","], "--providers is empty; allowed are numba"),
         (
             ["--dtype", "float32,float16"],

@@ -3,31 +3,51 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lamkernels.ops.covariance.products import Rows, add_up, computed_dtype
+from lamkernels.ops.covariance.products import (
+    DEPTH,
+    SHARED,
+    Job,
+    Rows,
+    Shift,
+    Sums,
+    chunks_of,
+    computed_dtype,
+    runs_of,
+)
 from lamkernels.ops.covariance.reference import effective_weights, pairs
 
 SAMPLE = 1 << 18  # entries that the provisional mean is computed from
-FEW = 256  # pairs whose roundings do not average out: fp64
+FEW = 4096  # pairs whose roundings do not average out if they hold few values: fp64
 # |x − shift| between these does not overflow or vanish in fp32: 64 times 2⁵⁸ squared
+# a unit of dither, as a share of the spread: all of them hardly enlarge a product, one changes its rounding
+DITHER = 181 * 2.0**-23
 LARGEST, SMALLEST = 2.0**58, 2.0**-50
 
 
 class Scatter(NamedTuple):
-    """Weight, mean (D,) fp64 and centred scatter (D, D) fp64 of rows."""
+    """Weight, mean (D,) fp64 and centred scatter (D, D) fp64 of rows, and the shift that they were multiplied about."""
 
     weight: float
     mean: Tensor
     scatter: Tensor
+    about: Shift
 
-    def shift(self, dtype: torch.dtype) -> Tensor:
-        """What to subtract from the rows before products in ``dtype``."""
+    def shift(self, dtype: torch.dtype) -> Shift:
+        """What to subtract from the rows before other products in ``dtype``."""
+        if not self.far():
+            return self.about
         return on_grid(self.mean, self.scatter.diagonal() / (self.weight or 1.0), dtype)
+
+    def far(self) -> bool:
+        """Whether the mean is so far from the shift that products should rather be made about the mean."""
+        step = self.weight * float((self.mean - self.about.near).square().sum())
+        return step > float(self.scatter.trace()) / math.sqrt(len(self.mean))
 
     def merged(self, other: Scatter) -> Scatter:
         """Of the rows of both (Chan, Golub and LeVeque 1983)."""
@@ -36,25 +56,28 @@ class Scatter(NamedTuple):
         step = other.mean - self.mean
         between = math.sqrt(self.weight * share) * step
         scatter = torch.outer(between, between).add_(self.scatter).add_(other.scatter)  # symmetric, unlike addr
-        return Scatter(weight, self.mean + share * step, scatter)
+        return Scatter(weight, self.mean + share * step, scatter, self.about)
 
 
 def scatter(x: Tensor, weights: Tensor | None, exact: bool, numbers: Tensor | None = None) -> tuple[Scatter, float]:
     """The scatter of the rows of positive weight, and their largest entry about the shift."""
-    shift, dtype = provisional_shift(x, weights, numbers, exact), computed_dtype(x, exact)
-    count = x.shape[0] if numbers is None else numbers.shape[0]
-    weight = float(count) if weights is None else float(weights.numpy().sum())  # torch's sum depends on the threads
+    shift = provisional_shift(x, weights, numbers, exact)
+    table = chunks_of(x.shape[0] if numbers is None else numbers.shape[0])
     for _ in range(2):
-        centred, step, largest = add_up(Rows(x, shift), None, weight, numbers, weights, exact)
-        result = Scatter(weight, shift + step, centred)
-        # once more about the mean, where the rows that the shift comes from were not like the others
-        if not weight * float(step.square().sum()) > float(centred.trace()) / math.sqrt(x.shape[1]):
+        job = Job(Rows(x, shift), None, table, numbers, weights, exact, triangle=True, full=False)
+        result = scatter_of(job.results([1], True), shift)
+        if not result.far():
             break
-        shift = result.shift(dtype)
-    return result, largest
+        shift = result.shift(computed_dtype(x, exact))
+    return result, job.largest
 
 
-def provisional_shift(x: Tensor, weights: Tensor | None, numbers: Tensor | None, exact: bool) -> Tensor:
+def scatter_of(sums: Sums, shift: Shift) -> Scatter:
+    """With the mean in place of what is left of it."""
+    return Scatter(sums.weight, shift.near + sums.step / (sums.weight or 1.0), sums.products, shift)
+
+
+def provisional_shift(x: Tensor, weights: Tensor | None, numbers: Tensor | None, exact: bool) -> Shift:
     """:func:`on_grid` of the mean of evenly spaced rows of positive weight."""
     if weights is not None and numbers is None:
         numbers = weights.nonzero()[:, 0]
@@ -62,22 +85,30 @@ def provisional_shift(x: Tensor, weights: Tensor | None, numbers: Tensor | None,
     step = max(1, count // max(256, SAMPLE // x.shape[1]))
     sample = (x[::step] if numbers is None else x[numbers[::step]]).double()
     if not sample.shape[0]:
-        return sample.sum(0)
+        return Shift(sample.sum(0), sample.sum(0))
     with np.errstate(all="ignore"):  # rows that are not finite are found later
         # NumPy's sums: torch's may depend on the number of threads
         mean, variance = (torch.from_numpy(statistic(0)) for statistic in (sample.numpy().mean, sample.numpy().var))
-    return on_grid(mean, variance, computed_dtype(x, exact))
+    dtype = computed_dtype(x, exact)
+    shift = on_grid(mean, variance, dtype)
+    if dtype == torch.float64:
+        return shift
+    # integers, pixels and halves near their grid: their sums are exact, but for a dither
+    steps = sample[:: max(1, len(sample) // 256)] * (2.0**7 * DITHER / shift.unit)
+    even = (steps == steps.round()).all(0)
+    return shift._replace(unit=shift.unit.where(~even, 0.0))
 
 
-def on_grid(mean: Tensor, variance: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mean to within 1/16 of the spread, (D,) fp64 with values of ``dtype``.
+def on_grid(mean: Tensor, variance: Tensor, dtype: torch.dtype) -> Shift:
+    """The mean to within 1/16 of the spread, with values of ``dtype``, and a unit of dither for fp32.
 
-    Rounded to a multiple of 2^(⌈log2 rms⌉ − 4): rows of integers, pixels or halves stay on their grid, and their
-    products are exact in fp32. Off it, equal entries give equal products, whose roundings do not average out.
+    Rounded to a multiple of 2^(⌈log2 rms⌉ − 4): rows of integers or halves stay on their grid, and their products are
+    exact in fp32. Off it, equal entries give equal products, whose roundings do not average out.
     """
-    unit = torch.exp2(variance.sqrt().log2().ceil() - 4)
-    usable = (unit > 0) & (unit < torch.inf)
-    return torch.where(usable, (mean / unit).round() * unit, mean).to(dtype).double()
+    spread = torch.exp2(variance.sqrt().log2().ceil())
+    usable = (spread > 0) & (spread < torch.inf)
+    near = torch.where(usable, (mean / (spread / 16)).round() * (spread / 16), mean).to(dtype).double()
+    return Shift(near, (spread * DITHER).where(usable & (spread > 2.0**-100) & (dtype == torch.float32), 0.0))
 
 
 def moments(
@@ -87,10 +118,13 @@ def moments(
     if not lag:
         first, largest = scatter(x, weights, exact)
         if y is None:
-            none = [torch.empty(shape, dtype=torch.float64) for shape in ((0,), (0, 0), (x.shape[1], 0))]
-            return first, Scatter(first.weight, *none[:2]), none[2], largest
+            mean, square, xy = (torch.empty(shape, dtype=torch.float64) for shape in ((0,), (0, 0), (x.shape[1], 0)))
+            return first, Scatter(first.weight, mean, square, first.about), xy, largest
         second, other = scatter(y, weights, exact)
         return first, second, cross(x, y, first, second, weights, exact), max(largest, other)
+    runs = runs_of_pairs(x, weights, lag)
+    if runs is not None:
+        return by_runs(x, *runs, lag, exact)
     # what a row weighs in both roles counts once for both, and what it weighs in one alone is added: no cancellation
     rows, count = x.shape[0], max(x.shape[0] - lag, 0)
     alone: list[tuple[Tensor, Tensor | None, Tensor | None]]
@@ -112,11 +146,57 @@ def moments(
     return first, second, cross(x[:count], x[rows - count :], first, second, weights, exact), largest
 
 
+def runs_of_pairs(x: Tensor, weights: Tensor | None, lag: int) -> tuple[Any, Any] | None:
+    """Starts and stops of the runs of pairs of weight 1; None where there are other weights or runs are short."""
+    count = max(x.shape[0] - lag, 0)
+    if lag > SHARED or count == 0:
+        return None
+    if weights is None:
+        return np.array([0]), np.array([count])
+    inside = weights.numpy() > 0
+    edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
+    starts, stops = edges[::2], edges[1::2]
+    if (
+        not len(starts)
+        or inside.sum() < max(DEPTH // 2, 2 * lag) * len(starts)
+        or not (weights.numpy()[inside] == 1).all()
+    ):
+        return None
+    return starts, stops
+
+
+def by_runs(x: Tensor, starts: Any, stops: Any, lag: int, exact: bool) -> tuple[Scatter, Scatter, Tensor, float]:
+    """:func:`moments` of the pairs of some runs, each row packed once for all products.
+
+    A row that begins one pair of a run and ends another counts once for both scatters; the first and the last of a run
+    are added to one of them: no cancellation.
+    """
+    table, numbers = runs_of(starts, stops, lag), None
+    if len(starts) > 1 or stops[0] + lag < len(x):
+        numbers = torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)]))
+    shift = provisional_shift(x, None, numbers, exact)
+    for _ in range(2):
+        job = Job(Rows(x, shift), None, table, None, None, exact, triangle=True, full=True, lag=lag)
+        common = scatter_of(job.results([1, 2], True), shift)
+        if not common.far():
+            break
+        shift = common.shift(computed_dtype(x, exact))
+    xy = job.results([0, 1, 2], False, 0, [2, 3]).products
+    scatters, largest = [], job.largest
+    ends = (starts, np.minimum(starts + lag, stops)), (np.maximum(starts + lag, stops), stops + lag)
+    for begin, end in ends:
+        alone = torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in zip(begin, end, strict=True)]))
+        rest, other = scatter(x, None, exact, alone)
+        scatters.append(common.merged(rest))
+        largest = max(largest, other)
+    return scatters[0], scatters[1], xy, largest
+
+
 def cross(x: Tensor, y: Tensor, first: Scatter, second: Scatter, weights: Tensor | None, exact: bool) -> Tensor:
     """Σ w (x − x̄)(y − ȳ)ᵀ, (D, E) fp64."""
-    dtype = computed_dtype(x, exact)
-    left, right = Rows(x, first.shift(dtype), first.mean), Rows(y, second.shift(dtype), second.mean)
-    return add_up(left, right, first.weight, None, weights, exact)[0]
+    left, right = (Rows(rows, side.shift(computed_dtype(x, exact))) for rows, side in ((x, first), (y, second)))
+    job = Job(left, right, chunks_of(x.shape[0]), None, weights, exact, triangle=False, full=True)
+    return job.results([1], False, 1, [1]).products
 
 
 def covariance(x: Tensor, y: Tensor | None, weights: Tensor | None, lag: int, precision: str) -> tuple[Tensor, ...]:
@@ -139,8 +219,8 @@ def moments_of_finite(
     exponent = 0
     if weights is not None:
         weights = weights.where((weights > 0) & (weights < torch.inf), 0.0)
-        exponent = math.frexp(float(weights.max()))[1] if weights.numel() else 0
-        weights = torch.ldexp(weights, torch.tensor(-exponent))  # at most 1: no product overflows by a weight
+        exponent = math.frexp(float(weights.max()))[1] - 1 if weights.numel() and weights.any() else 0
+        weights = torch.ldexp(weights, torch.tensor(-exponent))  # below 2: no product overflows by a weight
     pairs_in = max(x.shape[0] - lag, 0) if weights is None else int(weights.count_nonzero())
     exact = precision == "exact" or pairs_in < FEW
     first, second, xy, largest = moments(x, y, weights, lag, exact)

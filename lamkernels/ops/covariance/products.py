@@ -1,9 +1,10 @@
 """Products of rows on the CPU: packed into panels, multiplied in registers, added up in fp64, merged in order.
 
-A chunk of 64 rows is packed, less a shift near their mean. Tiles of products are added up over the chunk in fp32 and go
-from there to fp64 partial sums, one set for each of a few parts of the rows. Where one block of columns holds
-everything, a task packs what it multiplies; else the chunks of a slab of rows are packed first and then multiplied,
-block by block. The partition is a function of the shape, so that the bits do not depend on the number of threads.
+A chunk of 64 rows is packed, less a shift near their mean, which differs a little from chunk to chunk. Tiles of
+products are added up over the chunk in fp32 and go from there to fp64 partial sums, one set for each of a few parts of
+the rows. Where one block of columns holds everything, a task packs what it multiplies; else the chunks of a slab of
+rows are packed first and then multiplied, block by block. Rows a short lag later are packed once, with the earlier
+ones. The partition is a function of the shape, so that the bits do not depend on the number of threads.
 """
 
 # mypy: allow-untyped-defs, no-check-untyped-defs, allow-untyped-calls, disable-error-code="attr-defined,call-arg"
@@ -11,31 +12,45 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numba import carray, njit
 from torch import Tensor
 
-from lamkernels.ops.covariance.tiles import TILE, VECTORS, add_products, pack_panel, panel_width
+from lamkernels.ops.covariance.tiles import TILE, VECTORS, add_products, pack_panel, panel_width, prefetch
 from lamkernels.ops.nearest_code.numba import FLAGS, elements
 from lamkernels.ops.parallel import compiled, launch
 from lamkernels.ops.simd import BITS, at, computed_type, fetch_add, stored_type, view, words
 
 DEPTH = 64  # rows of a chunk, whose products are added up in fp32
+SHARED = 32  # the largest lag at which the later rows are packed with the earlier ones
 BLOCK = 128  # columns of a block: the packed chunks and the sums of a pair of blocks stay in a 1 MiB cache
 TASKS = 32  # that there are at least, where the rows suffice
 SLAB_BYTES = 1 << 23  # of packed rows
+RANK = 3  # outer products that take the shifts out
 MERGED = 32  # rows of the result that a task merges, and columns that it mirrors at a time
 
 # int64 parameters: the left rows at LEFT and the right ones at RIGHT,
-LEFT, RIGHT = 2, 8
-ADDRESS, STRIDE, DIM, SHIFT, PACKED, SCALED = range(6)
-# and from 14 on: row numbers or 0, weights or 0, how many rows, the first chunk, chunks, parts, partial sums (parts, D
-# padded, E padded) fp64, whether there is the upper triangle alone, sides to pack (1 where the left panels are the
-# right ones), column sums (slots, D padded) fp64, largest entries (slots,), whether a task packs its own, tasks
-NUMBERS, WEIGHTS, ROWS, FIRST, CHUNKS, PARTS, PARTIAL, SYMMETRIC, SIDES, SUMS, MOST, FUSED, ALL = range(14, 27)
+LEFT, RIGHT = 2, 10
+ADDRESS, STRIDE, DIM, SHIFT, UNIT, PACKED, SCALED, SUMS = range(8)
+# and from 18 on: row numbers or 0, weights or 0, chunks (first row, rows, leading rows that are left ones only), the
+# first chunk, chunks, rows of a packed panel, parts, partial sums (parts, D padded, E padded) fp64 or 0 of left times
+# right rows, the same of the upper triangle of left times left ones, how many rows later the right rows are among the
+# packed left ones or 0, sides to pack, largest entries (slots,), whether a task packs its own, tasks
+NUMBERS, WEIGHTS, TABLE, FIRST, CHUNKS, DEEP, PARTS, FULL, TRIANGLE, LAG, SIDES, MOST, FUSED, ALL = range(18, 32)
+
+# column sums and, beside them, those times the dither: of the rows that are left ones only, left ones, both, right ones
+KINDS = 4
+DITHERS = 1021  # shifts in turn, from −510 to 510 units
+
+
+@njit(**FLAGS)
+def dither_of(chunk):
+    """How many units the shift of a chunk is off: equal rows do not make equal products, which are rounded alike."""
+    return chunk * 389 % DITHERS - DITHERS // 2
 
 
 @njit(**FLAGS)
@@ -46,46 +61,67 @@ def _padded(dim, computed):
 
 
 @njit(**FLAGS)
-def _pack_chunk(a, side, chunk, slot, packed, stored, computed):
-    """Packs a chunk of the rows of one side into ``packed`` [panels, DEPTH, WIDTH]."""
-    width, dim, first = panel_width(computed), a[side + DIM], chunk * DEPTH
-    count, padded = min(DEPTH, a[ROWS] - first), _padded(a[side + DIM], computed)
+def _pack_rows(a, side, kind, place, count, row, chunk, slot, packed, stored, computed):
+    """Packs rows from ``place`` on as those from ``row`` on of the panels in ``packed`` [panels, DEEP, WIDTH]."""
+    width, dim = panel_width(computed), a[side + DIM]
+    padded = _padded(dim, computed)
+    sums = a[side + SUMS] + 8 * (slot * KINDS + kind) * 2 * padded
     for column in range(0, dim, width):
-        sums = a[SUMS] + 8 * (slot * padded + column) if side == LEFT else 0
         pack_panel(
-            view(a[side + ADDRESS], column, stored), a[side + STRIDE], a[NUMBERS], a[WEIGHTS], first, count,
-            dim - column, view(a[side + SHIFT], column, computed), a[side + SCALED] != 0, at(packed, column * DEPTH),
-            sums, view(a[MOST], slot, np.int64(0)),
+            view(a[side + ADDRESS], column, stored), a[side + STRIDE], a[NUMBERS], a[WEIGHTS], place, count,
+            dim - column, view(a[side + SHIFT], column, computed), view(a[side + UNIT], column, computed),
+            computed + dither_of(chunk), a[side + SCALED] != 0, at(packed, column * a[DEEP] + row * width),
+            sums + 8 * column, sums + 8 * (padded + column), view(a[MOST], slot, np.int64(0)),
         )  # fmt: skip
 
 
 @njit(**FLAGS)
-def _multiply_chunk(a, chunk, part, block, left, right, computed):
+def _pack_chunk(a, chunk, slot, left, right, stored, computed):
+    table = elements(a[TABLE], 3 * chunk, 3, np.int64(0))
+    first, count, lead, lag = table[0], table[1], table[2], a[LAG]
+    if lag == 0:
+        _pack_rows(a, LEFT, 1, first, count, 0, chunk, slot, left, stored, computed)
+        if a[SIDES] == 2:
+            _pack_rows(a, RIGHT, 1, first, count, 0, chunk, slot, right, stored, computed)
+        return
+    early, late = min(lag, count), max(lag, count)
+    _pack_rows(a, LEFT, 0 if lead > 0 else 1, first, early, 0, chunk, slot, left, stored, computed)
+    if count > lag:
+        _pack_rows(a, LEFT, 2, first + lag, count - lag, lag, chunk, slot, left, stored, computed)
+    _pack_rows(a, LEFT, 3, first + late, count + lag - late, late, chunk, slot, left, stored, computed)
+
+
+@njit(**FLAGS)
+def _multiply_block(a, chunk, ahead, part, i_block, j_block, triangle, left, right, stored, computed):
     """Adds the products of a chunk in one block of columns to the partial sums of a part."""
-    dim, width, count = a[LEFT + DIM], panel_width(computed), min(DEPTH, a[ROWS] - chunk * DEPTH)
+    dim, width, deep = a[LEFT + DIM], panel_width(computed), a[DEEP]
     rows, columns = _padded(dim, computed), _padded(a[RIGHT + DIM], computed)
-    across = (columns + BLOCK - 1) // BLOCK
-    i_block, j_block = block // across, block % across
-    if a[SYMMETRIC] != 0:  # blocks of the upper triangle, row by row
-        i_block, j_block = 0, block
-        while j_block >= across - i_block:
-            j_block -= across - i_block
-            i_block += 1
-        j_block += i_block
+    table = elements(a[TABLE], 3 * chunk, 3, np.int64(0))
+    skipped, later = (table[2], table[2]) if triangle else (0, a[LAG])
+    depth = table[1] - skipped
+    if depth == 0:
+        return
     for j in range(j_block * BLOCK, min((j_block + 1) * BLOCK, columns), width):
-        for i in range(i_block * BLOCK, min((i_block + 1) * BLOCK, dim), TILE):
-            if a[SYMMETRIC] != 0 and j + width <= i:
-                break
+        stop = min((i_block + 1) * BLOCK, dim)
+        if triangle:
+            stop = min(stop, j + width)
+        start = i_block * BLOCK
+        each = (DEPTH * TILE + stop - start - 1) // max(1, stop - start)
+        for i in range(start, stop, TILE):
+            if ahead >= 0 and j < dim:  # the rows of the next chunk, a few at a time while it multiplies
+                place = ahead + (i - start) // TILE * each
+                prefetch(view(a[LEFT + ADDRESS], place * a[LEFT + STRIDE] + j, stored), a[LEFT + STRIDE], each)
             add_products(
-                at(left, i // width * width * DEPTH + i % width), at(right, j * DEPTH), count,
-                view(a[PARTIAL], (part * rows + i) * columns + j, np.float64(0)), columns,
+                at(left, i // width * width * deep + i % width + skipped * width),
+                at(right, j * deep + later * width), depth,
+                view(a[TRIANGLE] if triangle else a[FULL], (part * rows + i) * columns + j, np.float64(0)), columns,
             )  # fmt: skip
 
 
 @njit(**FLAGS)
 def _packed(a, side, slot, computed):
     """The panels of one side of a chunk in the slab."""
-    size = _padded(a[side + DIM], computed) * DEPTH
+    size = _padded(a[side + DIM], computed) * a[DEEP]
     return elements(a[side + PACKED], slot * size, size, computed)
 
 
@@ -96,40 +132,54 @@ def _pack_slab(p, stored, computed):
         slot = fetch_add(a, 0)
         if slot >= a[CHUNKS]:
             return
-        _pack_chunk(a, LEFT, a[FIRST] + slot, slot, _packed(a, LEFT, slot, computed), stored, computed)
-        if a[SIDES] == 2:
-            _pack_chunk(a, RIGHT, a[FIRST] + slot, slot, _packed(a, RIGHT, slot, computed), stored, computed)
+        left, right = _packed(a, LEFT, slot, computed), _packed(a, RIGHT, slot, computed)
+        _pack_chunk(a, a[FIRST] + slot, slot, left, right, stored, computed)
 
 
 @njit(**FLAGS)
 def _multiply_slab(p, stored, computed):
     a = carray(p, (ALL + 1,))
-    size = BLOCK * DEPTH if a[FUSED] != 0 else 0
+    size = BLOCK * a[DEEP] if a[FUSED] != 0 else 0
     own_left, own_right = np.full(size, computed), np.full(size if a[SIDES] == 2 else 0, computed)
+    across = (_padded(a[RIGHT + DIM], computed) + BLOCK - 1) // BLOCK
+    upper = across * (across + 1) // 2 if a[TRIANGLE] != 0 else 0
     while True:
         task = fetch_add(a, 0)
         if task >= a[ALL]:
             return
         part, block = task % a[PARTS], task // a[PARTS]
-        for slot in range(part * a[CHUNKS] // a[PARTS], (part + 1) * a[CHUNKS] // a[PARTS]):
-            chunk = a[FIRST] + slot
-            if a[FUSED] != 0:
-                left, right = own_left, own_left
-                _pack_chunk(a, LEFT, chunk, part, left, stored, computed)
-                if a[SIDES] == 2:
-                    right = own_right
-                    _pack_chunk(a, RIGHT, chunk, part, right, stored, computed)
-            else:
+        last = (part + 1) * a[CHUNKS] // a[PARTS]
+        triangle = block < upper
+        i_block, j_block = (block - upper) // across, (block - upper) % across
+        if triangle:  # blocks of the upper triangle, row by row
+            i_block, j_block = 0, block
+            while j_block >= across - i_block:
+                j_block -= across - i_block
+                i_block += 1
+            j_block += i_block
+        for slot in range(part * a[CHUNKS] // a[PARTS], last):
+            chunk, ahead = a[FIRST] + slot, -1
+            if a[FUSED] == 0:
                 left, right = _packed(a, LEFT, slot, computed), _packed(a, RIGHT, slot, computed)
-            _multiply_chunk(a, chunk, part, block, left, right, computed)
+                _multiply_block(a, chunk, -1, part, i_block, j_block, triangle, left, right, stored, computed)
+                continue
+            left, right = own_left, own_right if a[SIDES] == 2 else own_left
+            _pack_chunk(a, chunk, part, left, right, stored, computed)
+            if slot + 1 < last and a[NUMBERS] == 0:
+                ahead = elements(a[TABLE], 3 * (chunk + 1), 1, np.int64(0))[0]
+            if a[FULL] != 0:
+                _multiply_block(a, chunk, ahead, part, 0, 0, False, left, right, stored, computed)
+                ahead = -1
+            if a[TRIANGLE] != 0:
+                _multiply_block(a, chunk, ahead, part, 0, 0, True, left, right, stored, computed)
 
 
 @njit(**FLAGS)
 def _merge_parts(p):
-    """Adds the parts in order, less the outer product of two vectors; mirrors the upper triangle where that is all.
+    """Adds the parts in order and the outer products of vectors; mirrors the upper triangle where that is all.
 
     Parameters: 2 partial sums, 3 parts, 4 rows and 5 columns of them, 6 D, 7 E, 8 result, 9 symmetric, 10 tasks,
-    11 and 12 vectors (D,) and (E,) fp64.
+    11 and 12 vectors (RANK, D) and (RANK, E) fp64.
     """
     a = carray(p, (13,))
     parts, rows, columns, dim, other = a[3], a[4], a[5], a[6], a[7]
@@ -146,7 +196,10 @@ def _merge_parts(p):
                 total[:] = elements(a[2], i * columns + begin, stop - begin, np.float64(0))
                 for part in range(1, parts):
                     total += elements(a[2], (part * rows + i) * columns + begin, stop - begin, np.float64(0))
-                total -= elements(a[11], i, 1, np.float64(0))[0] * elements(a[12], begin, stop - begin, np.float64(0))
+                for r in range(RANK):
+                    factor = elements(a[11], r * dim + i, 1, np.float64(0))[0]
+                    if factor != 0:
+                        total += factor * elements(a[12], r * other + begin, stop - begin, np.float64(0))
             if a[9] != 0:
                 for j in range(start, stop):
                     for i in range(first, min(last, j)):
@@ -177,24 +230,24 @@ def _merge(p):
 class Sizes(NamedTuple):
     """How products are cut up, by their shape alone: the bits do not depend on the number of threads."""
 
-    chunks: int
     slab: int  # chunks that are packed at a time, all of them where a task packs its own
     parts: int  # sets of partial sums
-    blocks: int  # of columns, tasks of a part
+    tasks: int  # of all parts
+    fused: bool  # one block of columns holds everything, and a task packs its own chunks
     padded: tuple[int, int]  # D and E in whole panels
 
 
 @functools.lru_cache(maxsize=1024)
-def sizes_of(rows: int, dim: int, other: int, symmetric: bool, itemsize: int) -> Sizes:
+def sizes_of(chunks: int, dim: int, other: int, triangle: bool, full: bool, deep: int, itemsize: int) -> Sizes:
     """The sizes for left rows (N, D) and right rows (N, E), ``itemsize`` bytes in the computed type."""
     width = VECTORS * BITS // (8 * itemsize)
     padded = -(-dim // width) * width, -(-other // width) * width
-    chunks = -(-rows // DEPTH)
     down, across = (-(-size // BLOCK) for size in padded)
-    blocks = across * (across + 1) // 2 if symmetric else down * across
+    fused = down == across == 1
+    blocks = 1 if fused else triangle * across * (across + 1) // 2 + full * down * across
     parts = max(1, min(chunks, -(-TASKS // blocks)))
-    slab = max(1, SLAB_BYTES // (DEPTH * sum(padded) * itemsize) // parts) * parts
-    return Sizes(chunks, max(1, chunks if blocks == 1 else min(slab, chunks)), parts, blocks, padded)
+    slab = max(1, SLAB_BYTES // (deep * sum(padded) * itemsize) // parts) * parts
+    return Sizes(max(1, chunks if fused else min(slab, chunks)), parts, parts * blocks, fused, padded)
 
 
 def computed_dtype(x: Tensor, exact: bool) -> torch.dtype:
@@ -202,77 +255,144 @@ def computed_dtype(x: Tensor, exact: bool) -> torch.dtype:
     return torch.float64 if exact or x.dtype == torch.float64 else torch.float32
 
 
+class Shift(NamedTuple):
+    """What is subtracted from rows: near their mean, (D,) fp64, and the unit of its dither, which is 0 for none."""
+
+    near: Tensor
+    unit: Tensor
+
+
 class Rows(NamedTuple):
-    """One factor of a product: rows (N, D) with unit inner stride, and a shift (D,) fp64, their mean or near it."""
+    """One factor of a product: rows (N, D) with unit inner stride, and their shift."""
 
     x: Tensor
-    shift: Tensor
-    mean: Tensor | None = None
+    shift: Shift
 
 
-def add_up(
-    left: Rows, right: Rows | None, weight: float, numbers: Tensor | None, weights: Tensor | None, exact: bool
-) -> tuple[Tensor, Tensor, float]:
-    """Σ w (x − x̄)(y − ȳ)ᵀ over the rows whose weight is positive, by products of x − shift and y − shift.
+class Sums(NamedTuple):
+    """Weight, Σ w (x − shift) (D,) and Σ w (x − x̄)(y − ȳ)ᵀ (D, E), fp64."""
 
-    Args:
-        left: x; its mean is computed where there is no ``right``.
-        right: y, or None for x.
-        weight: Σ w.
-        numbers: (N,) int64, the rows that are meant; None for all.
-        weights: (N,) float64, at most 2, contiguous; None for ones.
-        exact: compute in fp64 whatever x is.
+    weight: float
+    step: Tensor
+    products: Tensor
 
-    Returns:
-        (D, E) fp64, x̄ − shift (D,) fp64, and the largest |x − shift|, infinity where a row is not finite.
-    """
-    symmetric, x, computed = right is None, left.x, computed_dtype(left.x, exact)
-    scaling = weights is not None and not bool(((weights == 0) | (weights == 1)).all())
-    sides = [left, left if right is None else right]
-    dim, other = (side.x.shape[1] for side in sides)
-    rows = x.shape[0] if numbers is None else numbers.shape[0]
-    sizes = sizes_of(rows, dim, other, symmetric, computed.itemsize)
-    fused = sizes.blocks == 1
-    slots = sizes.parts if fused else sizes.slab
-    packed = [torch.empty(0 if fused else slots * DEPTH * size, dtype=computed) for size in sizes.padded]
-    if symmetric and not scaling:
-        packed[1] = packed[0]
-    shifts = [
-        torch.nn.functional.pad(side.shift, (0, size - side.x.shape[1])).to(computed)
-        for side, size in zip(sides, sizes.padded, strict=True)
-    ]
-    partial = torch.zeros((sizes.parts, *sizes.padded), dtype=torch.float64)
-    sums = torch.zeros((slots, sizes.padded[0]), dtype=torch.float64)
-    largest = torch.zeros(slots, dtype=torch.int64)
-    tasks = sizes.parts * sizes.blocks
-    kernels = (_pack, _multiply) if computed == torch.float32 else (_pack_exact, _multiply_exact)
-    pack, multiply = (compiled(kernel, x.dtype) for kernel in kernels)
-    parameters: list[int] = []
-    for side, shift, buffer, scaled in zip(sides, shifts, packed, (scaling, False), strict=True):
-        parameters += [side.x.data_ptr(), side.x.stride(0), side.x.shape[1]]
-        parameters += [shift.data_ptr(), buffer.data_ptr(), scaled]
-    parameters += [0 if given is None else given.data_ptr() for given in (numbers, weights)]
-    for first in range(0, sizes.chunks, sizes.slab):
-        chunks = min(sizes.slab, sizes.chunks - first)
-        slab = [rows, first, chunks, sizes.parts, partial.data_ptr(), symmetric, 1 if packed[0] is packed[1] else 2]
-        slab += [sums.data_ptr(), largest.data_ptr(), fused, tasks]
-        work = chunks * DEPTH * dim * other
-        if not fused:
-            launch(pack, parameters + slab, chunks, work)
-        launch(multiply, parameters + slab, tasks, work)
-    total = torch.zeros(sizes.padded[0], dtype=torch.float64)
-    for part in sums:  # in order
-        total += part
-    step = total[:dim] / (weight or 1.0)
-    vectors = [math.sqrt(weight) * step] * 2
-    if right is not None and left.mean is not None and right.mean is not None:
-        vectors = [weight * (left.mean - left.shift), right.mean - right.shift]
-    in_place = sizes.parts == 1 and sizes.padded == (dim, other)
-    products = partial[0] if in_place else torch.empty((dim, other), dtype=torch.float64)
-    tasks = -(-dim // MERGED)
-    merging = [partial.data_ptr(), sizes.parts, *sizes.padded, dim, other, products.data_ptr(), symmetric, tasks]
-    merging += [vector.data_ptr() for vector in vectors]
-    launch(compiled(_merge, torch.float64), merging, tasks, sizes.parts * dim * other)
-    bits = largest.max()
-    entry = float(bits.view(torch.float64) if computed == torch.float64 else bits.int().view(torch.float32))
-    return products, step, entry if entry < math.inf else math.inf  # not NaN, which no comparison finds
+
+def chunks_of(rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """(chunks, 3): first row, rows, 0."""
+    first = np.arange(0, rows, DEPTH, dtype=np.int64)
+    return np.stack([first, np.minimum(DEPTH, rows - first), np.zeros_like(first)], 1)
+
+
+def runs_of(starts: Any, stops: Any, lag: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """(chunks, 3) of runs of pairs: first row, pairs, and how many of their first rows are the second of no pair."""
+    chunks = -(-(stops - starts) // DEPTH)
+    within = np.arange(chunks.sum()) - np.repeat(chunks.cumsum() - chunks, chunks)
+    first = np.repeat(starts, chunks) + within * DEPTH
+    count = np.minimum(DEPTH, np.repeat(stops, chunks) - first)
+    lead = np.where(within == 0, np.minimum(lag, count), 0)
+    return np.ascontiguousarray(np.stack([first, count, lead], 1))
+
+
+class Job:
+    """Products of rows, one slab of chunks after another."""
+
+    def __init__(
+        self, left: Rows, right: Rows | None, table: Any, numbers: Tensor | None, weights: Tensor | None, exact: bool,
+        *, triangle: bool, full: bool, lag: int = 0,
+    ) -> None:  # fmt: skip
+        """Runs everything; ``right`` is None for the left rows, with a ``lag`` for those so many rows later.
+
+        Args:
+            left: x.
+            right: y.
+            table: (chunks, 3) of :func:`chunks_of` or :func:`runs_of`.
+            numbers: (N,) int64, the rows that are meant; None for all.
+            weights: (N,) float64, at most 2, contiguous; None for ones.
+            exact: compute in fp64 whatever x is.
+            triangle: make Σ x xᵀ, without the rows that the table leaves out.
+            full: make Σ x yᵀ.
+            lag: 0, or at most SHARED.
+        """
+        x, computed, self.table, self.weights = left.x, computed_dtype(left.x, exact), table, weights
+        scaling = weights is not None and not bool(((weights == 0) | (weights == 1)).all())
+        sides = [left, left if right is None else right]
+        (dim, other), deep = (side.x.shape[1] for side in sides), DEPTH + lag
+        sizes = self.sizes = sizes_of(len(table), dim, other, triangle, full, deep, computed.itemsize)
+        slots = sizes.parts if sizes.fused else sizes.slab
+        two = right is not None or scaling
+        packed = [torch.empty(0 if sizes.fused else slots * deep * size, dtype=computed) for size in sizes.padded]
+        if not two:
+            packed[1] = packed[0]
+        self.shifts = [side.shift for side in sides]
+        pads = [
+            [torch.nn.functional.pad(part, (0, size - len(part))).to(computed) for part in side.shift]
+            for side, size in zip(sides, sizes.padded, strict=True)
+        ]
+        self.sums = [torch.zeros((slots, KINDS, 2, size), dtype=torch.float64) for size in sizes.padded]
+        shapes = ((sizes.parts * made, *sizes.padded) for made in (triangle, full))
+        self.triangle, self.full = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        largest = torch.zeros(slots, dtype=torch.int64)
+        kernels = (_pack, _multiply) if computed == torch.float32 else (_pack_exact, _multiply_exact)
+        pack, multiply = (compiled(kernel, x.dtype) for kernel in kernels)
+        parameters: list[int] = []
+        for side, pad, buffer, scaled, sums in zip(sides, pads, packed, (scaling, False), self.sums, strict=True):
+            parameters += [side.x.data_ptr(), side.x.stride(0), side.x.shape[1], *(part.data_ptr() for part in pad)]
+            parameters += [buffer.data_ptr(), scaled, sums.data_ptr()]
+        parameters += [0 if given is None else given.data_ptr() for given in (numbers, weights)]
+        parameters.append(table.ctypes.data)
+        made = [self.full.data_ptr() if full else 0, self.triangle.data_ptr() if triangle else 0]
+        for first in range(0, len(table), sizes.slab):
+            chunks = min(sizes.slab, len(table) - first)
+            slab = [first, chunks, deep, sizes.parts, *made, lag, 1 + two, largest.data_ptr(), sizes.fused, sizes.tasks]
+            work = chunks * DEPTH * dim * other
+            if not sizes.fused:
+                launch(pack, parameters + slab, chunks, work)
+            launch(multiply, parameters + slab, sizes.tasks, work)
+        bits = largest.max()
+        entry = float(bits.view(torch.float64) if computed == torch.float64 else bits.int().view(torch.float32))
+        self.largest = entry if entry < math.inf else math.inf  # not NaN, which no comparison finds
+        with np.errstate(all="ignore"):  # NumPy's sum: torch's depends on the number of threads
+            self.columns = [
+                sums.numpy().sum(0)[..., : side.x.shape[1]] for sums, side in zip(self.sums, sides, strict=True)
+            ]
+
+    def results(self, kinds: Sequence[int], triangle: bool, right: int = 0, right_kinds: Sequence[int] = ()) -> Sums:
+        """What was made of the left rows of some ``kinds`` and, unless ``triangle``, the rows of ``right``."""
+        weight, first, second = self._weights(triangle)
+        unit, other_unit = self.shifts[0].unit, self.shifts[right].unit
+        step, beside = self._sum(0, kinds)
+        step = step + first * unit
+        if triangle:
+            other_step, other_beside = step, beside
+        else:
+            other_step, other_beside = self._sum(right, right_kinds)
+            other_step = other_step + first * other_unit
+        total = weight or 1.0
+        lefts = torch.stack([beside + second * unit, unit, -step / math.sqrt(total)])
+        rights = torch.stack([other_unit, other_beside, other_step / math.sqrt(total)])
+        return Sums(weight, step, self._merged(triangle, lefts, rights))
+
+    def _sum(self, side: int, kinds: Sequence[int]) -> Tensor:
+        """(2, D): the column sums of rows of some kinds, and those times the dither."""
+        with np.errstate(all="ignore"):
+            return torch.from_numpy(self.columns[side][list(kinds)].sum(0))
+
+    def _weights(self, triangle: bool) -> tuple[float, float, float]:
+        """Σ w, Σ w j and Σ w j² for the dither j."""
+        count = self.table[:, 1] - (self.table[:, 2] if triangle else 0)
+        w = count.astype(np.float64)
+        if self.weights is not None and len(count):
+            w = np.add.reduceat(self.weights.numpy(), self.table[:, 0])
+        j = (np.arange(len(count)) * 389 % DITHERS - DITHERS // 2).astype(np.float64)
+        return float(w.sum()), float((w * j).sum()), float((w * j * j).sum())
+
+    def _merged(self, triangle: bool, lefts: Tensor, rights: Tensor) -> Tensor:
+        partial, sizes = self.triangle if triangle else self.full, self.sizes
+        dim, other = lefts.shape[1], rights.shape[1]
+        in_place = sizes.parts == 1 and sizes.padded == (dim, other)
+        products = partial[0] if in_place else torch.empty((dim, other), dtype=torch.float64)
+        tasks = -(-dim // MERGED)
+        merging = [partial.data_ptr(), sizes.parts, *sizes.padded, dim, other, products.data_ptr(), triangle, tasks]
+        merging += [vectors.data_ptr() for vectors in (lefts, rights)]
+        launch(compiled(_merge, torch.float64), merging, tasks, sizes.parts * dim * other)
+        return products

@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lamkernels.ops.simd import BITS, I32, I64, _load, _real, _splat, _store, _stored, _widen, lanes
+from lamkernels.ops.simd import BITS, I32, I64, _load, _real, _splat, _store, _stored, _widen, lanes, product_tile
 
 # mypy: disable-error-code="no-untyped-call,no-any-return"
 
@@ -40,19 +40,22 @@ def pack_panel(
     count: Any,
     columns: Any,
     shift: Any,
+    unit: Any,
+    dither: Any,
     scaling: Any,
     out: Any,
     sums: Any,
+    dithered: Any,
     largest: Any,
 ) -> Any:
-    """Packs ``count`` rows of a panel as x − shift, or w·(x − shift) if ``scaling``, and adds up what it wrote.
+    """Packs ``count`` rows of a panel as c = x − shift − dither·unit, or w·c if ``scaling``, and adds up w·c.
 
     x: pointer to the first column of row 0, rows ``stride`` elements apart. rows: address of the int64 numbers of the
     rows, or 0: the n-th is ``first + n`` or rows[first + n]. weights: address of their float64 weights, or 0; a row
-    whose weight is not positive is not read and becomes zeros. columns: how many there are from here on. shift:
-    pointer to what is subtracted. sums: address of [WIDTH] float64 sums to add to, or 0: in the computed type inside
-    a call. largest: pointer to an int64 that becomes the bits of the largest |x − shift|, which for a NaN are larger
-    than those of infinity.
+    whose weight is not positive is not read and becomes zeros. columns: how many there are from here on. shift and
+    unit: pointers. sums: address of [WIDTH] float64 sums to add to; dithered: the same for dither times the sums. They
+    are in the computed type inside a call. largest: pointer to an int64 that becomes the bits of the largest |c|, which
+    for a NaN are larger than those of infinity.
     """
     storage, computed = x.dtype, out.dtype
     kind, width, size = _real(computed), lanes(computed.name), computed.bitwidth // 8
@@ -62,7 +65,9 @@ def pack_panel(
     zero, one, step = ir.Constant(I64, 0), ir.Constant(I64, 1), ir.Constant(I64, VECTORS * width)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        x, stride, rows, weights, first, count, columns, shift, scaling, out, sums, largest = args
+        x, stride, rows, weights, first, count, columns, shift, unit, dither, scaling, out, sums, dithered, largest = (
+            args
+        )
         x = builder.bitcast(x, stored.as_pointer())
         row_numbers = builder.inttoptr(rows, I64.as_pointer())
         row_weights = builder.inttoptr(weights, ir.DoubleType().as_pointer())
@@ -87,11 +92,14 @@ def pack_panel(
         inside = [
             builder.icmp_signed("<", number, _splat(builder, builder.sub(columns, start), width)) for start in starts
         ]
-        shifts = []
+        shifts: list[ir.Value] = []
+        dithers: list[ir.Value] = []
         for start, mask in zip(starts, inside, strict=True):
-            # not a masked load: shifts are padded to whole panels
-            value = _load(builder, builder.gep(shift, [start]), vector, size)
-            shifts.append(builder.select(mask, value, ir.Constant(vector, None)))
+            # not masked loads: shifts are padded to whole panels
+            for pointer, found in ((shift, shifts), (unit, dithers)):
+                value = _load(builder, builder.gep(pointer, [start]), vector, size)
+                found.append(builder.select(mask, value, ir.Constant(vector, None)))
+        dithers = [builder.fmul(value, _splat(builder, dither, width)) for value in dithers]
 
         def pack_rows(whole: bool) -> None:
             with cgutils.for_range_slice(builder, zero, count, one) as (n, _):
@@ -109,8 +117,7 @@ def pack_panel(
                 positive = builder.fcmp_ordered(">", w, ir.Constant(ir.DoubleType(), 0.0))
                 with builder.if_else(positive, likely=True) as (counted, left_out):
                     with counted:
-                        factor = builder.select(scaling, w, ir.Constant(ir.DoubleType(), 1.0))
-                        factor = _splat(builder, factor if size == 8 else builder.fptrunc(factor, kind), width)
+                        factor = _splat(builder, w if size == 8 else builder.fptrunc(w, kind), width)
                         for v, start in enumerate(starts):
                             pointer = builder.gep(source, [start])
                             if whole:
@@ -123,14 +130,15 @@ def pack_panel(
                             entry = _widen(builder, entry, storage)
                             if size == 8 and entry.type != vector:
                                 entry = builder.fpext(entry, vector)
-                            centred = builder.fsub(entry, shifts[v])
+                            # in two steps: shift + dither·unit need not have a value of the type
+                            centred = builder.fsub(builder.fsub(entry, shifts[v]), dithers[v])
                             absolute = builder.and_(builder.bitcast(centred, whole_numbers), magnitude)
                             before = builder.load(bits[v])
                             larger = builder.icmp_unsigned(">", absolute, before)
                             builder.store(builder.select(larger, absolute, before), bits[v])
-                            centred = builder.fmul(centred, factor)
-                            builder.store(builder.fadd(builder.load(totals[v]), centred), totals[v])
-                            _store(builder, centred, builder.gep(to, [start]), size)
+                            weighed = builder.fmul(centred, factor)
+                            builder.store(builder.fadd(builder.load(totals[v]), weighed), totals[v])
+                            _store(builder, builder.select(scaling, weighed, centred), builder.gep(to, [start]), size)
                     with left_out:
                         for start in starts:
                             _store(builder, ir.Constant(vector, None), builder.gep(to, [start]), size)
@@ -145,16 +153,39 @@ def pack_panel(
             found = found if size == 8 else builder.zext(found, I64)
             before = builder.load(largest)
             builder.store(builder.select(builder.icmp_unsigned(">", found, before), found, before), largest)
-            with builder.if_then(builder.icmp_unsigned("!=", sums, zero)):
-                at_sum = builder.gep(builder.inttoptr(sums, ir.DoubleType().as_pointer()), [starts[v]])
-                total = builder.load(totals[v])
-                total = total if size == 8 else builder.fpext(total, wide)
-                _store(builder, builder.fadd(_load(builder, at_sum, wide, 8), total), at_sum, 8)
+            total = builder.load(totals[v])
+            total = total if size == 8 else builder.fpext(total, wide)
+            times = dither if size == 8 else builder.fpext(dither, ir.DoubleType())
+            for address, term in ((sums, total), (dithered, builder.fmul(total, _splat(builder, times, width)))):
+                to = builder.gep(builder.inttoptr(address, ir.DoubleType().as_pointer()), [starts[v]])
+                _store(builder, builder.fadd(_load(builder, to, wide, 8), term), to, 8)
         return context.get_dummy_value()
 
     i64 = types.int64
-    signature = types.void(x, i64, i64, i64, i64, i64, i64, shift, types.boolean, out, i64, types.CPointer(i64))
+    to = types.CPointer(i64)
+    signature = types.void(
+        x, i64, i64, i64, i64, i64, i64, shift, unit, computed, types.boolean, out, i64, i64, to
+    )  # fmt: skip
     return signature, codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, x: Any, stride: Any, count: Any) -> Any:
+    """Asks for the cache lines at ``x`` and at the ``count`` − 1 rows after it; they need not exist."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        x, stride, count = args
+        hint = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32]),
+            "llvm.prefetch.p0",
+        )
+        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), count, ir.Constant(I64, 1)) as (n, _):
+            line = builder.bitcast(builder.gep(x, [builder.mul(n, stride)]), ir.IntType(8).as_pointer())
+            builder.call(hint, [line, *(ir.Constant(I32, number) for number in (0, 3, 1))])  # a read, of data
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -165,37 +196,12 @@ def add_products(typingctx: Any, left: Any, right: Any, depth: Any, out: Any, st
     float64, rows ``stride`` elements apart. The sums over n are in the computed type.
     """
     computed = left.dtype
-    kind, width, size = _real(computed), lanes(computed.name), computed.bitwidth // 8
-    vector, wide = ir.VectorType(kind, width), ir.VectorType(ir.DoubleType(), width)
+    width, size = lanes(computed.name), computed.bitwidth // 8
+    wide = ir.VectorType(ir.DoubleType(), width)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         left, right, depth, out, stride = args
-        before = builder.block
-        loop, done = builder.append_basic_block("products"), builder.append_basic_block("sums")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        remaining, left_at, right_at = builder.phi(I64), builder.phi(left.type), builder.phi(right.type)
-        accumulators = [builder.phi(vector) for _ in range(VECTORS * TILE)]
-        columns = [
-            _load(builder, builder.gep(right_at, [ir.Constant(I64, v * width)]), vector, size) for v in range(VECTORS)
-        ]
-        sums = []
-        for i in range(TILE):
-            entry = _splat(builder, builder.load(builder.gep(left_at, [ir.Constant(I64, i)])), width)
-            for v in range(VECTORS):
-                product = builder.fmul(entry, columns[v], flags=("contract",))
-                sums.append(builder.fadd(product, accumulators[i * VECTORS + v], flags=("contract",)))
-        step = ir.Constant(I64, VECTORS * width)
-        for phi, start, following in (
-            (remaining, depth, builder.sub(remaining, ir.Constant(I64, 1))),
-            (left_at, left, builder.gep(left_at, [step])),
-            (right_at, right, builder.gep(right_at, [step])),
-            *((phi, ir.Constant(vector, None), total) for phi, total in zip(accumulators, sums, strict=True)),
-        ):
-            phi.add_incoming(start, before)
-            phi.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_signed(">", remaining, ir.Constant(I64, 1)), loop, done)
-        builder.position_at_end(done)
+        sums = product_tile(builder, right, left, depth, computed, VECTORS, TILE, VECTORS * width)
         for i in range(TILE):
             row = builder.gep(out, [builder.mul(stride, ir.Constant(I64, i))])
             for v in range(VECTORS):
