@@ -108,7 +108,7 @@ class VQEmbeddingEMA(Compat):
             self._update(out.counts, out.sums)
         usage = out.counts / (batch * height * width)
         quantized = out.quantized.permute(1, 0, 3, 2).reshape(x.shape)
-        z_q, commitment = _Commit.apply(x, quantized, out.commitment_loss)
+        z_q, commitment = _Commit.apply(x, quantized, out.commitment_loss)  # type: ignore[no-untyped-call]
         return (
             z_q,
             self.cfg.commitment_cost * commitment,
