@@ -12,7 +12,8 @@ def is_plain(*tensors: object) -> bool:
     """Whether these are ordinary CPU tensors and nothing watches or transforms the operators that they go through.
 
     Then an autograd function over a kernel does what the registered operator does, in half the time. Not so in compiled
-    or traced code, under a dispatch mode, a function transform or forward-mode differentiation, and for subclasses.
+    or traced code, under a mode (a default device is one), a function transform or forward-mode differentiation, and
+    for tensors whose values are not what lies in their memory.
     """
     if torch.compiler.is_compiling():  # first: what follows is not for the compiler to read
         return False
@@ -22,11 +23,16 @@ def is_plain(*tensors: object) -> bool:
             return False
         assert isinstance(tensor, Tensor)
         if (
-            not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_neg()
-        ):  # a lazy negation is not in memory
+            not tensor.is_cpu
+            or tensor.layout is not torch.strided
+            or tensor.is_neg()  # a lazy negation
+            or tensor._is_zerotensor()
+            or torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # also one that outlived its transform
+        ):
             return False
     return (
         torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None

@@ -191,7 +191,7 @@ def vector_quantize(
         raise ValueError(f"noise and generator are for gradient='noise'; gradient is {gradient!r}")
     if mask is not None:
         check_mask(mask, x)
-    if planned is not None:
+    if planned is not None and is_plain(*(tensor for tensor in (mask, noise) if tensor is not None)):
         mask = None if mask is None else mask.contiguous()
         noise = None if noise is None else noise.to(x.dtype).contiguous()
         return VQOutput(*numba_one_call().quantize(x, codebook, planned.plan, (planned.rows, mask, noise)))
@@ -243,13 +243,11 @@ def quantize_with_loss(
     Returns:
         quantized, indices (...,), or (N,) for such a shape, with 0 for a row that is not finite, and the loss ().
     """
-    planned = (
-        None
-        if metric == "cosine"
-        else plan_one_call(x, codebook, gradient, metric, precision, backend, whole_rows=whole_rows)
-    )
+    weights = commitment_weight, codebook_weight
+    planned = None
+    if metric != "cosine" and all(isinstance(weight, (int, float)) for weight in weights):
+        planned = plan_one_call(x, codebook, gradient, metric, precision, backend, whole_rows=whole_rows)
     if planned is not None:
-        weights = commitment_weight, codebook_weight
         step: tuple[Tensor, Tensor, Tensor] = numba_one_call().weighted_step(x, codebook, *planned, weights)
         return step
     rows = x.reshape(-1, codebook.shape[1]) if whole_rows and x.shape[-1] != codebook.shape[1] else x

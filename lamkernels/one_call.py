@@ -34,6 +34,8 @@ def plan_one_call(
     """
     if not is_plain(x, codebook) or not codebook.is_contiguous() or resolve(backend, "cpu") != "numba":
         return None
+    if codebook.ndim not in (2, 3) or x.ndim < codebook.ndim - 1:
+        return None
     module, shape, rows, strides = numba_one_call(), x.shape, None, None
     if x.is_contiguous():
         dim = codebook.shape[-1]

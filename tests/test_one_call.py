@@ -29,7 +29,9 @@ def both(monkeypatch):
 
     def compare(x, codebook, **options):
         one_call = functional.numba_one_call()
-        one_call.scratch.take(1 << 16).fill(255)
+        dirty = one_call.scratch.take(1 << 16)
+        dirty[0].fill(255)
+        one_call.scratch.give_back(dirty)
         planned = []
         plan = functional.plan_one_call
         with monkeypatch.context() as patch:
@@ -125,8 +127,15 @@ def test_what_the_dispatcher_must_see_is_not_plain():
     with torch.autograd.forward_ad.dual_level():
         seen.append(is_plain(x))
     complex_tensor = torch.randn(3, 4, dtype=torch.complex64)
-    seen += [is_plain(complex_tensor.conj().imag), is_plain(x.to("meta")), is_plain(x.to_sparse()), is_plain(None)]
-    assert seen == [False] * 7
+    outlived = []
+    torch.func.grad(lambda t: outlived.append(t) or t.sum())(x)
+    zeros = torch._efficientzerotensor((3, 4))
+    others = complex_tensor.conj().imag, x.to("meta"), x.to_sparse(), None, zeros, *outlived
+    seen += [is_plain(other) for other in others]
+    with torch.device("meta"):  # torch functions called behind the dispatcher would make tensors there
+        seen.append(is_plain(x))
+        assert lk.nearest_code(x, x).tolist() == [0, 1, 2]
+    assert seen == [False] * 10
     negated = complex_tensor.conj().imag  # whose memory has the other sign
     codebook = torch.randn(6, 4)
     assert torch.equal(lk.nearest_code(negated, codebook), lk.nearest_code(negated.clone(), codebook))
@@ -139,5 +148,104 @@ def test_large_scratch_is_not_kept():
     x, codebook = torch.randn(70000, 16), torch.randn(1500, 16)
     out = lk.vector_quantize(x, codebook, backend="numba")
     assert functional.plan_one_call(x, codebook, "ste", "l2", "default", "numba").plan.scratch > one_call.KEPT
-    assert one_call.scratch.memory.size <= one_call.KEPT
+    assert one_call.scratch.kept is None or one_call.scratch.kept[0].size <= one_call.KEPT
     assert torch.equal(out.counts, torch.bincount(out.indices, minlength=1500))
+
+
+def copies_with_other_strides(tensor):
+    """What a hook on saved tensors may give back: the same values elsewhere."""
+    return tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor.clone()
+
+
+@pytest.mark.parametrize("gradient", ["ste", "rotation", "noise"])
+@pytest.mark.parametrize("strided", [False, True])
+def test_saved_tensors_may_come_back_elsewhere(gradient, strided):
+    base, codebook, noise = torch.randn(40, 16), torch.randn(10, 8), torch.randn(40, 8)
+    grads = []
+    for unpack in (lambda t: t, copies_with_other_strides):
+        x, codes = base.clone().requires_grad_(), codebook.clone().requires_grad_()
+        rows = x[:, :8] if strided else x[:, :8].contiguous()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            out = lk.vector_quantize(rows, codes, gradient=gradient, noise=noise if gradient == "noise" else None)
+        (out.quantized.square().sum() + out.commitment_loss + 2 * out.codebook_loss).backward()
+        grads.append((x.grad, codes.grad))
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-6)
+
+
+def negated(tensor):
+    """The same values, lazily negated in memory."""
+    lazy = torch._neg_view(-tensor)
+    assert lazy.is_neg()
+    return lazy
+
+
+def test_gradients_and_noise_that_are_lazily_negated():
+    x, codebook, noise = torch.randn(40, 8, requires_grad=True), torch.randn(10, 8), torch.randn(40, 8)
+    mine, theirs = (lk.vector_quantize(x, codebook, gradient="noise", noise=n) for n in (negated(noise), noise))
+    assert torch.equal(mine.quantized, theirs.quantized)
+    grad = torch.randn(40, 8)
+    (wanted,) = torch.autograd.grad(theirs.quantized, x, grad, retain_graph=True)
+    (got,) = torch.autograd.grad(theirs.quantized, x, negated(grad))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_a_mask_that_wraps_another_tensor():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    x, codebook, mask = torch.randn(40, 8), torch.randn(10, 8), torch.rand(40) < 0.5
+    out = lk.vector_quantize(x, codebook, mask=TwoTensor(mask, mask.clone()))
+    assert int((out.indices == -1).sum()) == int((~mask).sum())
+
+
+def test_weights_of_the_loss_that_are_tensors_get_their_gradient():
+    x, codebook = torch.randn(40, 8, requires_grad=True), torch.randn(10, 8, requires_grad=True)
+    plain = functional.quantize_with_loss(x, codebook, 0.25, 2.0)
+    wanted = torch.autograd.grad(plain[2], (x, codebook))
+    weight = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
+    loss = functional.quantize_with_loss(x, codebook, weight, 2.0)[2]
+    *got, of_weight = torch.autograd.grad(loss, (x, codebook, weight))
+    torch.testing.assert_close(got, list(wanted))
+    assert of_weight > 0
+    for mine, theirs in zip(plain[:2], lk.vector_quantize(x, codebook)[:2], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_call_within_a_call_has_scratch_of_its_own():
+    one_call = functional.numba_one_call()
+    outer = one_call.scratch.take(100)
+    inner = one_call.scratch.take(100)
+    assert outer[1] != inner[1]
+    one_call.scratch.give_back(inner)
+    one_call.scratch.give_back(outer)
+    assert one_call.scratch.take(100) is outer
+
+
+def test_the_first_backward_under_a_transform_leaves_nothing_behind():
+    x, codebook = torch.randn(40, 8, requires_grad=True), torch.randn(10, 8)
+    out = lk.vector_quantize(x, codebook)
+
+    def scaled(t):
+        return (t * torch.autograd.grad(out.quantized, x, torch.ones(40, 8), retain_graph=True)[0]).sum()
+
+    assert torch.equal(torch.func.grad(scaled)(torch.randn(40, 8)), torch.ones(40, 8))
+    out.quantized.sum().backward()
+    assert torch.equal(x.grad, torch.ones(40, 8))
+
+
+@pytest.mark.parametrize(
+    ("x", "codebook", "message"),
+    [((3, 4), (), "codebook is a scalar"), ((8,), (2, 5, 4), "x has"), ((3, 5), (6, 4), "x has rows of 5")],
+    ids=str,
+)
+def test_arguments_that_do_not_fit_are_named(x, codebook, message):
+    with pytest.raises(ValueError, match=message):
+        lk.vector_quantize(torch.randn(x), torch.randn(codebook), backend="numba")
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+@pytest.mark.parametrize(("option", "value"), [("precision", "exat"), ("gradient", "Rotation"), ("metric", "L2")])
+def test_options_changed_after_the_constructor_are_checked(update, option, value):
+    vq = lk.VectorQuantize(8, 10, update=update)
+    setattr(vq, option, value)
+    with pytest.raises(ValueError, match=f"{option} is '{value}'"):
+        vq(torch.randn(40, 8))

@@ -50,7 +50,7 @@ class VectorQuantize(LearnedCodebook):
     step makes one all_reduce (docs/distributed.md); evaluation makes none.
 
     None of this allocates an N×K matrix or rebinds a buffer, and but for the k-means, once, nothing waits for the GPU.
-    The backward needs ``quantized`` as it was: write to a copy of it, not to itself.
+    The backward needs ``quantized`` and ``indices`` as they were: write to copies of them.
 
     Args:
         dim: D, the size of a row.

@@ -133,8 +133,8 @@ def sum_rows(
     (heads, rows), (num_codes, dim), strides = indices.shape, sums.shape[1:], row_strides(x)
     chunks = CHUNKS if num_codes * dim <= MAX_CHUNKED else 1
     slices = -(-dim // SLICE)
-    partial = torch.empty((heads, chunks, num_codes, dim), dtype=torch.float64)
-    partial_counts = torch.empty((heads, chunks, num_codes), dtype=torch.int64)
+    partial = torch.empty((heads, chunks, num_codes, dim), dtype=torch.float64, device="cpu")
+    partial_counts = torch.empty((heads, chunks, num_codes), dtype=torch.int64, device="cpu")
     tasks = heads * chunks * slices
     parameters = [
         x.data_ptr(),

@@ -430,7 +430,7 @@ def lay_out_lookup(x: Tensor, codebook: Tensor, metric: str, precision: str, out
     if codebook.stride()[1:] != (dim, 1):
         codebook = codebook.contiguous()
     sizes = sizes_of(rows, num_codes, dim, computed.itemsize, summing)
-    workspace = torch.empty(heads, sizes.workspace, dtype=computed)
+    workspace = torch.empty(heads, sizes.workspace, dtype=computed, device="cpu")
     parameters = lookup_parameters(
         x.data_ptr(), row_strides(x), (codebook.data_ptr(), codebook.stride(0)), workspace.data_ptr(),
         (rows, num_codes, dim), sizes, METRICS[metric], precision, out.data_ptr(), heads,
@@ -476,9 +476,9 @@ def nearest_code(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`lamkernels.nearest_code`. ``x`` (H, N, D) or (H, B, N / B, D), ``codebook`` (H, K, D)."""
     heads, rows = x.shape[0], x.shape[1:-1].numel()
-    indices = torch.empty((heads, rows), dtype=torch.int64)
+    indices = torch.empty((heads, rows), dtype=torch.int64, device="cpu")
     distance_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    distance = torch.empty((heads, rows if return_distance else 0), dtype=distance_dtype)
+    distance = torch.empty((heads, rows if return_distance else 0), dtype=distance_dtype, device="cpu")
     lookup = prepare_lookup(x, codebook, metric, precision, indices)
     parameters = [*lookup.parameters, distance.data_ptr() if return_distance else 0, 0]
     launch(compiled(_nearest, x.dtype), parameters, lookup.tasks, lookup.work)

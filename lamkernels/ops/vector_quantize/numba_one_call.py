@@ -9,7 +9,6 @@ plain eager mode.
 from __future__ import annotations
 
 import ctypes
-import functools
 import threading
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lamkernels.eager import is_plain
 from lamkernels.ops.code_statistics.numba import sum_rows
 from lamkernels.ops.nearest_code.numba import LOOKUP, row_strides
 from lamkernels.ops.parallel import HUGE, MIN_WORK_PER_THREAD, empty, run
@@ -32,18 +32,20 @@ KEPT = 1 << 20  # bytes of scratch that a thread keeps for its next call
 class Scratch(threading.local):
     """Memory of a thread that no call finds as it left it: the next one need not ask for it."""
 
-    def __init__(self) -> None:
-        self.memory = np.empty(0, np.uint8)
-        self.address = 0
+    kept: tuple[Any, int] | None = None
 
-    def take(self, size: int) -> Any:
-        """The memory, of at least so many bytes: hold it while its address is in use."""
-        if size > KEPT:
-            return np.empty(size, np.uint8)
-        if size > self.memory.size:
-            self.memory = np.empty(size, np.uint8)
-            self.address = self.memory.ctypes.data
-        return self.memory
+    def take(self, size: int) -> tuple[Any, int]:
+        """Memory of at least so many bytes and its address; nobody else's, not even a signal handler's."""
+        kept, self.kept = self.kept, None
+        if kept is None or kept[0].size < size:
+            memory = np.empty(size, np.uint8)
+            kept = memory, memory.ctypes.data
+        return kept
+
+    def give_back(self, taken: tuple[Any, int]) -> None:
+        """Keeps it for the next call, unless it is large."""
+        if taken[0].size <= KEPT:
+            self.kept = taken
 
 
 scratch = Scratch()
@@ -74,8 +76,8 @@ def _forward(
     indices = quantized.new_empty(plan.leading, dtype=torch.int64)
     loss = codebook.new_empty(())
     stored_codes = codebook if stored == codebook.dtype else codebook.to(stored)
-    memory = scratch.take(plan.scratch)
-    base = scratch.address if memory is scratch.memory else memory.ctypes.data
+    taken = scratch.take(plan.scratch)
+    base = taken[1]
     array = ForwardArray.from_buffer_copy(plan.forward)
     array[2], array[5], array[17] = (x if rows is None else rows).data_ptr(), codebook.data_ptr(), indices.data_ptr()
     array[LOOKUP], array[LOOKUP + 1] = quantized.data_ptr(), stored_codes.data_ptr()
@@ -107,6 +109,7 @@ def _forward(
         run(plan.kernel, address, plan.tasks, plan.work)
     else:
         plan.call(address)
+    scratch.give_back(taken)
     return quantized, indices, loss, codebook_loss, codes, array[QUANTIZE + 2]
 
 
@@ -256,9 +259,11 @@ def _gradient(
     """Of x and of the codebook."""
     grads = grad_quantized, grad_commitment, grad_codebook_loss
     given = [grad for grad in grads if grad is not None]
+    saved = ctx.saved_tensors
     # the operator refuses second derivatives, and has a batching rule
-    run = _in_one_call if not torch.is_grad_enabled() and all(map(_has_memory, given)) else _by_operator
-    return run(ctx, *grads)
+    plain = not torch.is_grad_enabled() and is_plain(*given) and all(map(_has_memory, given))
+    run = _in_one_call if plain and _lie_as_planned(ctx.plan, *saved) else _by_operator
+    return run(ctx, saved, *grads)
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -269,15 +274,23 @@ def _has_memory(tensor: Tensor) -> bool:
         return False
 
 
-@functools.cache
-def _zero(dtype: torch.dtype) -> Tensor:
-    return torch.zeros((), dtype=dtype, device="cpu")  # whatever the default device is
+def _lie_as_planned(plan: Plan, x: Tensor, rows: Tensor | None, *others: Tensor | None) -> bool:
+    """Whether what was saved came back in the layout that it had: hooks on saved tensors may copy."""
+    placed = x.is_contiguous() if rows is None else row_strides(rows) == plan.strides
+    return placed and all(other is None or other.is_contiguous() for other in others)
+
+
+ZERO = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
 def _by_operator(
-    ctx: Any, grad_quantized: Tensor | None, grad_commitment: Tensor | None, grad_codebook_loss: Tensor | None
+    ctx: Any,
+    saved: Any,
+    grad_quantized: Tensor | None,
+    grad_commitment: Tensor | None,
+    grad_codebook_loss: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    x, _, codes, indices, residual_sums, noise = ctx.saved_tensors
+    x, _, codes, indices, residual_sums, noise = saved
     heads, dim = ctx.plan.heads, ctx.plan.dim
     sums = x.new_zeros((heads, 1, dim), dtype=ctx.computed) if residual_sums is None else residual_sums
     grad_x, grad_codebook = vector_quantize_backward(
@@ -291,9 +304,13 @@ def _by_operator(
 
 
 def _in_one_call(
-    ctx: Any, grad_quantized: Tensor | None, grad_commitment: Tensor | None, grad_codebook_loss: Tensor | None
+    ctx: Any,
+    saved: Any,
+    grad_quantized: Tensor | None,
+    grad_commitment: Tensor | None,
+    grad_codebook_loss: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    x, rows, codes, indices, residual_sums, noise = ctx.saved_tensors
+    x, rows, codes, indices, residual_sums, noise = saved
     plan, dim = ctx.plan, ctx.plan.dim
     grad_x, grad_codebook, pull = _empty_like(x), None, None
     array = BackwardArray.from_buffer_copy(plan.backward)
@@ -328,5 +345,5 @@ def _in_one_call(
 def _of_heads(grad: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:
     """The gradient of a loss (), for each head: the loss is a mean over the rows of all heads."""
     if grad is None:
-        grad = _zero(dtype)
+        grad = ZERO[dtype]
     return grad if heads == 1 else grad.repeat(heads)

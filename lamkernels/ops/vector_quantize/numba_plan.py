@@ -32,6 +32,7 @@ from lamkernels.ops.vector_quantize.numba import (
     quantize_chunks,
     sums_by_chunk,
 )
+from lamkernels.validation import GRADIENTS, PRECISIONS
 
 # The parameters behind those of the quantisation: 0 and 1 the two losses over all heads, 2 how many rows are in, 3 the
 # address of the scratch, to which the elements in SCRATCH are relative, 4 whether this call prepares and 5 whether it
@@ -110,6 +111,7 @@ class Plan(NamedTuple):
     call: Callable[[int], None]
     kernel_backward: Any
     backward_tasks: int
+    strides: Strides | None  # of the rows of x, None where it is contiguous
     leading: torch.Size  # of the indices
     heads: int
     dim: int
@@ -135,9 +137,11 @@ def plan(
         averaging: the decay and the ε of an EMA update.
 
     Returns:
-        None for what the other path refuses or does better: shapes that do not fit, half-precision codebooks, codebooks
-        too large to be summed with the lookup.
+        None for what the other path refuses or does better: options and shapes that do not fit, half-precision
+        codebooks, codebooks too large to be summed with the lookup.
     """
+    if metric not in METRICS or precision not in PRECISIONS or gradient not in GRADIENTS:
+        return None
     if len(codes) not in (2, 3) or len(shape) < len(codes) - 1 or shape[-1] != codes[-1] or 0 in shape or 0 in codes:
         return None
     heads, (num_codes, dim) = codes[0] if len(codes) == 3 else 1, codes[-2:]
@@ -147,7 +151,7 @@ def plan(
     if not sums_by_chunk(heads, rows, num_codes, dim, item):
         return None
     cut = sizes_of(rows, num_codes, dim, item, True)
-    tasks, strides = heads * cut.chunks, strides or Strides(rows * dim, dim)
+    tasks, laid = heads * cut.chunks, strides or Strides(rows * dim, dim)
     sizes = (
         ("partial counts", 8 * tasks * num_codes), ("partial losses", 16 * tasks), ("rows in", 8 * heads),
         ("counts", 8 * heads * num_codes), ("sums", item * heads * size), ("residual sums", item * heads * size),
@@ -161,7 +165,7 @@ def plan(
     forward = ForwardArray(
         0, 0,
         *lookup_parameters(
-            0, strides, (0, size), at["codebook"], (rows, num_codes, dim), cut, METRICS[metric], precision, 0, heads
+            0, laid, (0, size), at["codebook"], (rows, num_codes, dim), cut, METRICS[metric], precision, 0, heads
         ),
         0, 0, size, 0, nan_and_zero(stored).data_ptr(), at["partial sums"], at["partial counts"], at["partial losses"],
         0, 0, 0, at["losses"], at["losses"], at["rows in"], 0, 0,
@@ -169,12 +173,12 @@ def plan(
     )  # fmt: skip
     chunk = max(1, BACKWARD_CHUNK // dim)
     backward_array = BackwardArray(
-        0, 0, 0, strides.head, strides.row, 0, 0, 0, rows, 0, dim, 0, 0, 0, 0, 0, 0, 0, 0, 0, heads, chunk, 0, 0,
-        metric == "cosine", gradient == "rotation", strides.group, strides.group_stride, strides.entry,
+        0, 0, 0, laid.head, laid.row, 0, 0, 0, rows, 0, dim, 0, 0, 0, 0, 0, 0, 0, 0, 0, heads, chunk, 0, 0,
+        metric == "cosine", gradient == "rotation", laid.group, laid.group_stride, laid.entry,
     )  # fmt: skip
     kernel = compiled(_step, stored)
     return Plan(
         forward, backward_array, scratch, (at["counts"], at["sums"], at["residual sums"]), tasks,
         heads * rows * num_codes * dim, kernel, entry(kernel), compiled(backward, stored),
-        heads * (-(-rows // chunk) + 1), shape[:-1], heads, dim, (metric, gradient),
+        heads * (-(-rows // chunk) + 1), strides, shape[:-1], heads, dim, (metric, gradient),
     )  # fmt: skip
