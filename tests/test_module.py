@@ -119,7 +119,7 @@ def test_state_dict_round_trip_continues_bit_for_bit(backend):
     x = torch.randn(30, 4)
     for a, b in zip(first(x), second(x), strict=True):
         assert torch.equal(a, b)
-    assert set(first.state_dict()) == {"codebook", "cluster_size", "code_sums", "initialized"}
+    assert set(first.state_dict()) == {"codebook", "cluster_size", "code_sums", "initialized", "draws"}
     with pytest.raises(RuntimeError, match="size mismatch for codebook"):
         lk.VectorQuantize(4, 7).load_state_dict(first.state_dict())
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lamkernels.nn.dead_codes import BITS, uniform
+
 
 class StockVectorQuantize(nn.Module):
     """EMA vector quantisation with the straight-through estimator (van den Oord et al. 2017).
@@ -32,6 +34,7 @@ class StockVectorQuantize(nn.Module):
     cluster_size: Tensor
     code_sums: Tensor
     initialized: Tensor
+    draws: Tensor
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class StockVectorQuantize(nn.Module):
         self.register_buffer("code_sums", codebook.clone())
         self.register_buffer("cluster_size", torch.ones(codebook_size))
         self.register_buffer("initialized", torch.tensor(init == "uniform"))
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantises x (..., D)."""
@@ -82,7 +86,8 @@ class StockVectorQuantize(nn.Module):
         smoothed = (self.cluster_size + self.eps) * (total / (total + self.codebook_size * self.eps))
         self.codebook.copy_(self.code_sums / smoothed[:, None])
         if self.dead_code_threshold > 0:
-            drawn = rows[torch.randint(rows.shape[0], (self.codebook_size,), device=rows.device)]
+            self.draws += 1
+            drawn = rows[(uniform(self.draws, self.codebook_size)[0] * rows.shape[0]) >> BITS]
             dead = self.cluster_size < self.dead_code_threshold
             if dead.any():
                 self.codebook[dead] = drawn[dead]
@@ -91,7 +96,8 @@ class StockVectorQuantize(nn.Module):
 
     @torch.no_grad()
     def _kmeans(self, rows: Tensor) -> None:
-        order = torch.randperm(rows.shape[0], device=rows.device)
+        generator = torch.Generator().manual_seed(int(torch.randint(2**53, ())))
+        order = torch.randperm(rows.shape[0], generator=generator).to(rows.device)
         codes = rows[order[torch.arange(self.codebook_size, device=rows.device) % rows.shape[0]]]
         for _ in range(self.kmeans_iters):
             onehot = F.one_hot(self._distances(rows, codes).argmin(dim=1), self.codebook_size).type_as(rows)

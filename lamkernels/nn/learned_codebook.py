@@ -27,7 +27,7 @@ class LearnedCodebook(nn.Module):
     cluster_size: Tensor
     code_sums: Tensor
     initialized: Tensor
-    _steps: Tensor  # () int64: in how many updates rows were drawn for dead codes; the same on all processes
+    draws: Tensor  # () int64: in how many updates rows were drawn for dead codes; the same on all processes
     _needs_init: bool
     _sharded: bool
     _processes: Processes
@@ -102,7 +102,7 @@ class LearnedCodebook(nn.Module):
         if self.update == "ema":
             parts["sums"] = sums
         if x is not None:
-            self._steps.add_(1)
+            self.draws.add_(1)
             size = x.numel() // self.dim
             here = torch.arange(self._processes.size, device=counts.device) == self._processes.rank
             parts |= {"sizes": here * size, **self._candidates(x, mask)._asdict()}
@@ -110,12 +110,12 @@ class LearnedCodebook(nn.Module):
         counts, sums = total["counts"].to(torch.int64), total.get("sums", sums)
         if x is None:
             return counts, sums, None
-        valid = believed(*uniform(self._steps, self.codebook_size), total["sizes"].to(torch.int64))
+        valid = believed(*uniform(self.draws, self.codebook_size), total["sizes"].to(torch.int64))
         return counts, sums, Candidates(total["rows"].to(self.cluster_size), valid & (total["valid"] > 0))
 
     def _candidates(self, x: Tensor, mask: Tensor | None) -> Candidates:
         """The rows of this process that may replace codes in this step."""
-        numbers, _ = uniform(self._steps, self.codebook_size)
+        numbers, _ = uniform(self.draws, self.codebook_size)
         flat = None if mask is None else mask.reshape(-1)
         rows = x.detach().reshape(-1, self.dim)
         found, valid = own_candidates(numbers, rows, flat, self._processes.rank, self._processes.size)
@@ -125,7 +125,7 @@ class LearnedCodebook(nn.Module):
     def _replace_dead_codes(self, x: Tensor, mask: Tensor | None, drawn: Candidates | None = None) -> Tensor | None:
         """Replaces dead codes by rows drawn from all processes, or else from x; (K,) bool: which. None may be none."""
         if drawn is None:
-            self._steps.add_(1)
+            self.draws.add_(1)
         dead = self.cluster_size < self.dead_code_threshold
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not dead.any():
             return None  # asking costs nothing here
@@ -181,9 +181,7 @@ class LearnedCodebook(nn.Module):
 
 
 def read_initialized(module: nn.Module, _incompatible: Any) -> None:
-    """The hook after a checkpoint is loaded: what the host knows of it, and what is in none."""
+    """The hook after a checkpoint is loaded: what the host knows of it."""
     assert isinstance(module, LearnedCodebook)
     if not module.initialized.is_meta:
         module._needs_init = not bool(module.initialized)
-        # zero on all processes, also where the memory was never written: to_empty, or still on the meta device
-        module._steps = torch.zeros_like(module._steps, device=module.initialized.device)

@@ -83,7 +83,8 @@ class VectorQuantize(LearnedCodebook):
         masked row is quantised to 0 and gets index −1.
 
     State:
-        codebook (K, D), cluster_size (K,), code_sums (K, D), initialized () bool. ``cluster_size`` and ``code_sums``
+        codebook (K, D), cluster_size (K,), code_sums (K, D), initialized () bool, draws () int64: how often rows were
+        drawn for dead codes, which says which rows are next. ``cluster_size`` and ``code_sums``
         are the moving averages N and M; with ``update="gradient"`` cluster_size serves the dead-code rule only and
         code_sums is absent.
 
@@ -159,7 +160,7 @@ class VectorQuantize(LearnedCodebook):
             self.register_buffer("code_sums", torch.empty_like(codebook))
         self.register_buffer("cluster_size", torch.empty(codebook_size, device=device, dtype=dtype))
         self.register_buffer("initialized", torch.tensor(init == "uniform", device=device))
-        self.register_buffer("_steps", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=device))
         self._needs_init = init == "kmeans"  # the host's copy of ~initialized: a forward asks nothing of the GPU
         self.register_load_state_dict_post_hook(read_initialized)  # type: ignore[no-untyped-call]
         self.reset_parameters()
@@ -169,7 +170,7 @@ class VectorQuantize(LearnedCodebook):
         """Draws the codebook from U(±1/K) and starts the averages at one row a code."""
         self.codebook.uniform_(-1.0 / self.codebook_size, 1.0 / self.codebook_size)
         self._restart_averages()
-        self._steps.zero_()
+        self.draws.zero_()
         self.initialized.fill_(self.init == "uniform")
         self._needs_init = self.init == "kmeans"
 
