@@ -6,15 +6,17 @@ import copy
 
 import pytest
 import torch
-from lamkernels.bench import stock
+from lamkernels.bench.stock import lapa as plain_lapa
+from lamkernels.bench.stock import lapo as plain_lapo
+from lamkernels.bench.stock import univla as plain_univla
 from parity import Syncs, both
 
 from lamkernels.compat import lapa, lapo, univla
 
 CASES = {
-    "lapa": (lapa.NSVQ, lambda: stock.lapa.NSVQ(12, 8, 6, code_seq_len=4, patch_size=1, image_size=8)),
-    "univla": (univla.VectorQuantizer, lambda: stock.univla.VectorQuantizer(16, 8)),
-    "lapo": (lapo.VQEmbeddingEMA, lambda: stock.lapo.VQEmbeddingEMA(stock.lapo.VQConfig())),
+    "lapa": (lapa.NSVQ, lambda: plain_lapa.NSVQ(12, 8, 6, code_seq_len=4, patch_size=1, image_size=8)),
+    "univla": (univla.VectorQuantizer, lambda: plain_univla.VectorQuantizer(16, 8)),
+    "lapo": (lapo.VQEmbeddingEMA, lambda: plain_lapo.VQEmbeddingEMA(plain_lapo.VQConfig())),
 }
 
 
