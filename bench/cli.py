@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import compat, first_call, hard_data, labelling, one_pass, report, screening
+from . import compat, estimate, first_call, hard_data, labelling, one_pass, report, screening
 from .providers import PROVIDERS
 from .runner import Settings, run
 from .workloads import DTYPES, OPS, SUITES, select
@@ -51,6 +52,13 @@ def _shape(text: str) -> tuple[int, int, int]:
         raise argparse.ArgumentTypeError(f"--shape is {text!r}; it must be three positive integers N,K,D")
     rows, codes, dim = map(int, parts)
     return rows, codes, dim
+
+
+def _device(text: str) -> str:
+    try:
+        return estimate.device_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(option: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -92,6 +100,7 @@ def _parser() -> _Parser:
     add("--csv", type=Path, metavar="PATH", help="write all rows in fixed columns")
     add("--plot", type=Path, metavar="PATH", help="write bars per workload (png, svg or pdf)")
     add("--out", type=Path, metavar="DIR", help="write bench.json, bench.csv and bench.png there")
+    add("--estimate", type=_device, metavar="GPU", help="instead: the least cost on H200, A100, ..., without a GPU")
     add("--hard-data", action="store_true", help="instead: which codes each provider gives on data made to mislead it")
     add("--first-call", action="store_true", help="instead: what the first calls on the CPU cost")
     add("--one-pass", action="store_true", help="instead: what the forward costs beyond the lookup on the CPU")
@@ -108,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     device = args.device
+    if args.estimate:
+        return _estimate(parser, args, argv)
     if device == "cuda" and not torch.cuda.is_available() and not args.list:
         parser.error("--device is 'cuda', but torch finds no CUDA or ROCm device; allowed here is cpu")
     paths = {"json": args.json, "csv": args.csv, "plot": args.plot}
@@ -166,6 +177,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"wrote {path}")
     failed = any(row.kind == "ours" and row.status in ("error", "wrong") for row in rows)
     return 130 if interrupted else int(failed)
+
+
+def _estimate(parser: _Parser, args: argparse.Namespace, argv: Sequence[str]) -> int:
+    if args.plot:
+        parser.error("--estimate has no --plot; allowed are --json, --csv and --out")
+    workloads = select(args.suite, args.op, "cuda", args.shape, args.dtype)
+    if not workloads:
+        parser.error(f"no workload of suite {', '.join(args.suite)} has op {', '.join(args.op)}")
+    paths = [
+        path or (args.out and args.out / f"estimate.{kind}") for kind, path in (("json", args.json), ("csv", args.csv))
+    ]
+    return estimate.run(workloads, args.estimate, shlex.join(["lamkernels", "bench", *argv]), *paths)
 
 
 def _hard_data(providers: Sequence[str], argv: Sequence[str], path: Path | None) -> int:

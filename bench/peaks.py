@@ -27,13 +27,21 @@ class Peaks(NamedTuple):
         """The time that neither ceiling lets anything undercut."""
         return max(bytes_moved / self.bandwidth, flops / self.flops)
 
+    def bound(self, bytes_moved: int, flops: int) -> str:
+        """The ceiling that decides: "memory" or "compute"."""
+        return "memory" if bytes_moved / self.bandwidth > flops / self.flops else "compute"
+
+
+def accurate_rate(plain: float, tf32: float) -> float:
+    """The rate of fp32 products on a GPU: plain, or three TF32 products that make one accurate to fp32."""
+    return max(plain, tf32 / 3)
+
 
 def measure_peaks(device: str, dtype: str) -> Peaks:
     """Measures both ceilings.
 
     On a GPU the products of float16 and bfloat16 input count against the tensor-core rate of that type, and those of
-    float32 input against the better of plain fp32 and a third of the TF32 rate: three TF32 products make one that is
-    accurate to fp32. On a CPU they count against the better of fp32 and the input's own type.
+    float32 input against :func:`accurate_rate`. On a CPU they count against the better of fp32 and the input's type.
     """
     size = GEMM_SIZE[device]
     source = torch.empty(COPY_BYTES[device], dtype=torch.uint8, device=device).fill_(1)
@@ -53,7 +61,7 @@ def measure_peaks(device: str, dtype: str) -> Peaks:
         torch.backends.cuda.matmul.allow_tf32 = False
         plain = product_rate("float32")
         torch.backends.cuda.matmul.allow_tf32 = True
-        return Peaks(bandwidth, max(plain, product_rate("float32") / 3))
+        return Peaks(bandwidth, accurate_rate(plain, product_rate("float32")))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 

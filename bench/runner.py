@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from .peaks import Peaks
 from .providers import PROVIDERS, Provider
 from .report import Row, rank
 from .workloads import Workload
@@ -261,6 +262,6 @@ def _take_times(contestant: _Contestant, workload: Workload) -> None:
     seconds = row.time_ms / 1e3
     row.gflops, row.gbytes_s = workload.flops / seconds / 1e9, workload.bytes / seconds / 1e9
     assert row.bandwidth_gbs is not None and row.peak_gflops is not None
-    limit = max(workload.bytes / row.bandwidth_gbs, workload.flops / row.peak_gflops) / 1e9
-    row.roofline = limit / seconds
-    row.bound = "memory" if workload.bytes / row.bandwidth_gbs > workload.flops / row.peak_gflops else "compute"
+    peaks = Peaks(row.bandwidth_gbs * 1e9, row.peak_gflops * 1e9)
+    row.roofline = peaks.seconds(workload.bytes, workload.flops) / seconds
+    row.bound = peaks.bound(workload.bytes, workload.flops)

@@ -109,6 +109,20 @@ class Workload:
         return statistics if self.op == "code_statistics" else indices + self.row_bytes + statistics + 8
 
     @property
+    def peak_bytes(self) -> int:
+        """What a call holds at once at the least: inputs, outputs, and in a training step more.
+
+        A training step also has the averages of the codebook, the gradient of the quantised rows, and that of x.
+        """
+        inputs = self.row_bytes
+        if self.op == "code_statistics":
+            inputs += 8 * self.N
+        elif self.op != "covariance":
+            inputs += self.K * self.D * self.torch_dtype.itemsize
+        kept = 2 * self.row_bytes + 4 * self.K * self.D + 4 * self.K if self.op == "train_step" else 0
+        return inputs + self.output_bytes + kept
+
+    @property
     def score_matrix_bytes(self) -> int:
         """An N×K matrix of fp32 scores, which nothing here should need."""
         return 4 * self.N * self.K

@@ -1,0 +1,7 @@
+"""``python -m bench``: ``lamkernels bench`` from a checkout that is not installed, as on a borrowed GPU machine."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
