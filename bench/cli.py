@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import compat, estimate, first_call, hard_data, labelling, one_pass, report, screening
+from . import compat, estimate, first_call, hard_data, labelling, one_pass, page, report, screening
 from .providers import PROVIDERS
 from .runner import Settings, run
 from .workloads import DTYPES, OPS, SUITES, select
@@ -101,6 +101,7 @@ def _parser() -> _Parser:
     add("--plot", type=Path, metavar="PATH", help="write bars per workload (png, svg or pdf)")
     add("--out", type=Path, metavar="DIR", help="write bench.json, bench.csv and bench.png there")
     add("--estimate", type=_device, metavar="GPU", help="instead: the least cost on H200, A100, ..., without a GPU")
+    add("--page", type=Path, metavar="PATH", help="instead: write the page of all committed results")
     add("--hard-data", action="store_true", help="instead: which codes each provider gives on data made to mislead it")
     add("--first-call", action="store_true", help="instead: what the first calls on the CPU cost")
     add("--one-pass", action="store_true", help="instead: what the forward costs beyond the lookup on the CPU")
@@ -117,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     device = args.device
+    if args.page:
+        return _page(parser, args.page)
     if args.estimate:
         return _estimate(parser, args, argv)
     if device == "cuda" and not torch.cuda.is_available() and not args.list:
@@ -177,6 +180,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"wrote {path}")
     failed = any(row.kind == "ours" and row.status in ("error", "wrong") for row in rows)
     return 130 if interrupted else int(failed)
+
+
+def _page(parser: _Parser, path: Path) -> int:
+    if not page.RESULTS.is_dir():
+        parser.error(f"--page reads {page.RESULTS}, which an installed package does not have; run it in a checkout")
+    for written in (*page.write(path), path):
+        print(f"wrote {written}")
+    return 0
 
 
 def _estimate(parser: _Parser, args: argparse.Namespace, argv: Sequence[str]) -> int:

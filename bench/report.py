@@ -162,12 +162,12 @@ def table(rows: Sequence[Row]) -> str:
             lines.append([name, *(f"{size:.1f}" for size in sizes), *_accuracy(row)])
         else:
             assert row.p10_ms is not None and row.p90_ms is not None and row.roofline is not None
-            cells = [name, _short(row.time_ms), f"{_short(row.p10_ms)}–{_short(row.p90_ms)}"]
+            cells = [name, short(row.time_ms), f"{short(row.p10_ms)}–{short(row.p90_ms)}"]
             if gpu:
-                cells += [_short(row.wall_ms), _short(row.graph_ms)]
+                cells += [short(row.wall_ms), short(row.graph_ms)]
             ratio = "" if row.speedup is None else f"{row.speedup:.2f}×"
             ratio += (" LOSS" if row.note == "loss" else "     ") if lost else ""
-            cells += [ratio, _short(row.gflops), _short(row.gbytes_s), f"{row.roofline:.0%}", *_accuracy(row)]
+            cells += [ratio, short(row.gflops), short(row.gbytes_s), f"{row.roofline:.0%}", *_accuracy(row)]
             lines.append(cells)
     widths = [max(len(line[i]) for line in lines if not isinstance(line, str)) for i in range(len(head))]
     widths[0] = max(widths[0], 14)
@@ -195,7 +195,7 @@ def _accuracy(row: Row) -> list[str]:
     return [rate, "0" if row.max_regret == 0 else f"{row.max_regret:.0e}"]
 
 
-def _short(value: float | None) -> str:
+def short(value: float | None) -> str:
     """Three significant digits, without an exponent."""
     if value is None:
         return "–"
@@ -261,7 +261,7 @@ def write_plot(path: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
         memory = any(row.peak_extra_mb is not None for row in group)
         values = [(row.peak_extra_mb if memory else row.time_ms) or 0.0 for row in group]
         bars = axis.barh([row.provider for row in group], values, color=[colors[row.kind] for row in group])
-        labels = [_short(value) if row.status == "ok" else row.status for row, value in zip(group, values, strict=True)]
+        labels = [short(value) if row.status == "ok" else row.status for row, value in zip(group, values, strict=True)]
         axis.bar_label(bars, labels, padding=3, fontsize=7)
         if any(values):
             axis.set_xscale("log")
