@@ -67,14 +67,21 @@ def check(workload: Workload, inputs: Inputs, result: Mapping[str, Any], *, stri
 def check_covariances(x: Tensor, lag: int, result: Mapping[str, Any], *, strict: bool) -> Check:
     """The relative Frobenius error of covariances of x (N, D) and of its rows ``lag`` later, by the fp64 ones."""
     contract = {"cpu": 1e-7, "cuda": 1e-6}[x.device.type] if x.dtype == torch.float32 else TOLERANCE
-    first, second = (rows.double() - rows.double().mean(0) for rows in (x[: x.shape[0] - lag], x[lag:]))
-    factors = {"xx": (first, first), "xy": (first, second), "yy": (second, second)}
+    pairs, dim = x.shape[0] - lag, x.shape[1]
+    means = {side: rows.mean(0, dtype=torch.float64) for side, rows in (("x", x[:pairs]), ("y", x[lag:]))}
+    expected = {name: torch.zeros(dim, dim, dtype=torch.float64, device=x.device) for name in result}
+    squares = dict.fromkeys("xy", 0.0)
+    for start in range(0, pairs, BLOCK // dim + 1):
+        rows = slice(start, min(pairs, start + BLOCK // dim + 1))
+        centred = {"x": x[:pairs][rows].double() - means["x"], "y": x[lag:][rows].double() - means["y"]}
+        squares = {side: squares[side] + float(centred[side].square().sum()) for side in "xy"}
+        for name in result:
+            expected[name] += centred[name[0]].T @ centred[name[1]]
     wrong, kept = [], True
     for name, value in result.items():
-        left, right = factors[name]
-        expected = left.T @ right / (left.shape[0] - 1)
-        size = (left.square().sum() * right.square().sum()).sqrt() / (left.shape[0] - 1) / x.shape[1] ** 0.5
-        error = float((torch.as_tensor(value).to(expected) - expected).norm() / size)
+        size = (squares[name[0]] * squares[name[1]]) ** 0.5 / (pairs - 1) / dim**0.5
+        expected[name] /= pairs - 1
+        error = float((torch.as_tensor(value).to(expected[name]) - expected[name]).norm() / size)
         kept &= error <= contract
         if not error <= (contract if strict else TOLERANCE):
             wrong.append(f"{name} is off by {error:.1e}")

@@ -83,7 +83,7 @@ def _parser() -> _Parser:
     )
     cuda = torch.cuda.is_available()
     add = parser.add_argument
-    add("--suite", type=_names("--suite", SUITES), default=["lam", "tokenizer"], help="lam, tokenizer, memory, moments")
+    add("--suite", type=_names("--suite", SUITES), default=["lam", "tokenizer"], help=", ".join(SUITES))
     add("--op", type=_names("--op", OPS), default=list(OPS), help=", ".join(OPS))
     add(
         "--shape", type=_shape, action="append", default=[], metavar="N,K,D", help="in place of the suite's; repeatable"

@@ -22,7 +22,7 @@ from torch.nn import functional
 import lamkernels
 from lamkernels.backend import available_backends, resolve
 
-from . import covariances
+from . import covariances, gpu_peers
 from .check import DECAY, EPS
 from .workloads import DTYPES, Inputs, Workload
 
@@ -443,6 +443,15 @@ PROVIDERS: dict[str, Provider] = {
             "vector_quantize_pytorch",
             dtypes=FP32,
             score_matrices=5,
+        ),
+        Provider("flash-kmeans", "peer", {"nearest_code": gpu_peers.flash_kmeans}, "flash-kmeans", "flash_kmeans", GPU),
+        Provider(
+            "flashlib",
+            "peer",
+            {"nearest_code": gpu_peers.flashlib_assign, "covariance": gpu_peers.flashlib_covariance},
+            "flashlib",
+            "flashlib",
+            GPU,
         ),
         Provider("faiss", "peer", {"nearest_code": _faiss}, "faiss-cpu", "faiss", CPU, FP32),
         Provider("sklearn", "peer", {"nearest_code": _sklearn}, "scikit-learn", "sklearn", CPU, FP32),

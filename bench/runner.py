@@ -56,7 +56,7 @@ class ProviderProcess:
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
         """Sends one request and waits for its answer."""
         if self.process is None:
-            self._start()
+            self.start()
         assert self.process is not None and self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
@@ -77,7 +77,8 @@ class ProviderProcess:
         ended = f"was killed by signal {-code}" if code < 0 else f"exited with status {code}"
         return {"error": f"its process {ended}" + (f": {last}" if last else "")}
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Starts the process, which then imports and waits for requests."""
         environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(self.settings.threads))}
         environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compilers beside the measurement
         self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (close() closes it)
@@ -148,6 +149,11 @@ def _time(
     workload: Workload, providers: Sequence[Provider], processes: dict[str, ProviderProcess], settings: Settings
 ) -> list[Row]:
     rows, contestants = [], []
+    if settings.device == "cuda":  # their imports overlap, which on a CPU would disturb what tries its variants
+        for provider in providers:
+            if not provider.absent(settings.device) and provider.name not in processes:
+                processes[provider.name] = ProviderProcess(provider.name, settings)
+                processes[provider.name].start()
     for provider in providers:
         row = _new_row(workload, provider, settings)
         rows.append(row)

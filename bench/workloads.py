@@ -4,6 +4,7 @@ Suites:
 
 - "lam": the launch-bound sizes of latent action models, a few hundred rows and a handful of codes;
 - "tokenizer": the sizes of video tokenizers and of labelling runs, bound by memory or by products;
+- "targets": the sizes at which GPU libraries published their times, and the project's own targets for one;
 - "moments": covariances of representations, plain and of rows one step apart;
 - "memory": the peak extra memory of a forward at a size where an N×K matrix of fp32 scores is 8 GiB.
 """
@@ -19,7 +20,8 @@ from torch import Tensor
 
 CODE_OPS = ("nearest_code", "vector_quantize", "train_step", "code_statistics")
 OPS = (*CODE_OPS, "covariance")
-SUITES = ("lam", "tokenizer", "memory", "moments")
+SUITES = ("lam", "tokenizer", "targets", "memory", "moments")
+GPU = ("cuda",)
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -177,8 +179,9 @@ WORKLOADS: tuple[Workload, ...] = (
     *(Workload("lam", op, *shape) for op in CODE_OPS for shape in LAM_SHAPES),
     *(Workload("tokenizer", "nearest_code", *shape) for shape in LOOKUP_SHAPES),
     *(Workload("tokenizer", op, *shape) for op in CODE_OPS[1:] for shape in STEP_SHAPES),
-    *(Workload("tokenizer", "nearest_code", n, k, d, dtype, ("cuda",)) for n, k, d, dtype in GPU_LOOKUPS),
-    Workload("tokenizer", "vector_quantize", 1048576, 16, 128, devices=("cuda",)),
+    *(Workload("targets", "nearest_code", n, k, d, dtype, GPU) for n, k, d, dtype in GPU_LOOKUPS),
+    Workload("targets", "vector_quantize", 1048576, 16, 128, devices=GPU),
+    *(Workload("targets", "covariance", 1000000, 0, dim, devices=GPU) for dim in (64, 2048)),
     *(Workload("moments", "covariance", n, lag, d) for n, d in MOMENT_SHAPES for lag in (0, 1)),
     *(Workload("memory", op, 262144, 8192, 32, measure="memory") for op in ("nearest_code", "vector_quantize")),
 )

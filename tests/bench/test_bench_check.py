@@ -1,5 +1,8 @@
 """The check before timing has to catch a provider that is wrong, and to pass one that is right."""
 
+import sys
+import types
+
 import pytest
 import torch
 from lamkernels.bench.check import check
@@ -94,3 +97,25 @@ def test_an_index_out_of_range_is_wrong(index):
 def test_missing_rows_are_wrong():
     workload, inputs, result = run("reference", "nearest_code")
     assert "299 indices" in check(workload, inputs, {"indices": result["indices"][1:]}, strict=False).error
+
+
+def test_the_gpu_libraries_are_called_as_they_are_declared(monkeypatch):
+    def assign(x, centroids, x_sq=None, out=None, c_sq=None, **options):  # FlashLib leaves x_sq out
+        torch.testing.assert_close(c_sq, centroids.square().sum(-1))
+        if x_sq is not None:
+            torch.testing.assert_close(x_sq, x.square().sum(-1))
+        return out.copy_(torch.cdist(x, centroids).argmin(-1))
+
+    modules = {
+        "flash_kmeans.assign_euclid_triton": {"euclid_assign_triton": assign},
+        "flashlib.primitives.kmeans.triton.assign": {"euclid_assign_triton": assign},
+        "flashlib.linalg.cov_gemm": {"cov_gemm": lambda x: x.T @ x},
+    }
+    for name, content in modules.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**content))
+    monkeypatch.setitem(sys.modules, "cutlass", None)  # importing it fails
+    for name in ("flash-kmeans", "flashlib"):
+        assert check(*run(name, "nearest_code"), strict=True).error == ""
+    assert check(*run("flashlib", "covariance", k=0), strict=False).error == ""
+    with pytest.raises(NotImplementedError, match="lagged"):
+        run("flashlib", "covariance")

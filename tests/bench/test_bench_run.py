@@ -196,7 +196,7 @@ def test_plot_needs_matplotlib(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--suite", "lamm"], "--suite is 'lamm'; allowed are lam, tokenizer, memory"),
+        (["--suite", "lamm"], "--suite is 'lamm'; allowed are lam, tokenizer, targets, memory"),
         (["--op", "x,nearest_code"], "--op is 'x'; allowed are nearest_code, vector_quantize"),
         (
             ["--providers", "nope"],

@@ -56,7 +56,8 @@ def test_suites_hold_the_promised_sizes():
 
     promised = {(65536, 8, 32), (65536, 64, 16), (262144, 16, 128), (65536, 1024, 64), (16384, 8192, 256)}
     assert shapes("tokenizer", "cpu") == promised
-    assert (1048576, 65536, 128) in shapes("tokenizer", "cuda")
+    assert shapes("tokenizer", "cuda") == promised
+    assert (1048576, 65536, 128) in shapes("targets", "cuda") and not shapes("targets", "cpu")
     assert shapes("memory", "cpu") == {(262144, 8192, 32)}
     assert {w.suite for w in WORKLOADS} == set(SUITES)
     assert {w.op for w in WORKLOADS if w.suite == "lam"} == set(CODE_OPS)
