@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import compat, estimate, first_call, hard_data, labelling, one_pass, page, report, screening
+from . import compat, estimate, first_call, hard_data, labelling, one_pass, page, report, screening, tune
 from .providers import PROVIDERS
 from .runner import Settings, run
-from .workloads import DTYPES, OPS, SUITES, select
+from .workloads import DTYPES, OPS, SUITES, Workload, select
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,6 +100,7 @@ def _parser() -> _Parser:
     add("--csv", type=Path, metavar="PATH", help="write all rows in fixed columns")
     add("--plot", type=Path, metavar="PATH", help="write bars per workload (png, svg or pdf)")
     add("--out", type=Path, metavar="DIR", help="write bench.json, bench.csv and bench.png there")
+    add("--tune", action="store_true", help="instead: the fastest tiles on this GPU, as rows for tuning.py")
     add("--estimate", type=_device, metavar="GPU", help="instead: the least cost on H200, A100, ..., without a GPU")
     add("--page", type=Path, metavar="PATH", help="instead: write the page of all committed results")
     add("--hard-data", action="store_true", help="instead: which codes each provider gives on data made to mislead it")
@@ -136,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no workload of suite {', '.join(args.suite)} has op {', '.join(args.op)} on {device}")
     if args.list:
         return _list(workloads, device)
+    if args.tune:
+        return _tune(parser, args, device, argv)
     if args.hard_data:
         return _hard_data(args.providers, argv, paths["json"])
     if args.first_call:
@@ -180,6 +183,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"wrote {path}")
     failed = any(row.kind == "ours" and row.status in ("error", "wrong") for row in rows)
     return 130 if interrupted else int(failed)
+
+
+def _tune(parser: _Parser, args: argparse.Namespace, device: str, argv: Sequence[str]) -> int:
+    if device != "cuda":
+        parser.error("--tune times tiles on a GPU: it needs --device cuda")
+    workloads: tuple[Workload, ...] = tune.WORKLOADS
+    if args.shape:
+        workloads = tuple(w for w in select([], args.op, device, args.shape, args.dtype) if w.op in tune.RULES)
+    if not workloads:
+        parser.error(f"--tune has no rule for {', '.join(args.op)}; it has for {', '.join(tune.RULES)}")
+    return tune.run(workloads, args.seconds or (0.05 if args.quick else 0.2), args.json, argv)
 
 
 def _page(parser: _Parser, path: Path) -> int:

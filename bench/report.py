@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shlex
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -119,7 +120,11 @@ def context(device: str, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the checkout that is imported, with "-dirty" where tracked files differ; "" without a checkout."""
+    """The commit of the checkout that is imported, with "-dirty" where tracked files differ.
+
+    Without a checkout, what LAMKERNELS_COMMIT says: a tree that was copied to the machine.
+    """
+    stated = os.environ.get("LAMKERNELS_COMMIT", "")
     root = Path(lamkernels.__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -128,10 +133,10 @@ def commit() -> str:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:  # installed into someone else's repository
-            return ""
+            return stated
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return stated
 
 
 # the console

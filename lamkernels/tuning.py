@@ -1,12 +1,14 @@
 """Which tile a kernel runs with: a static table by target, shape bucket and dtype; nothing is tuned at run time.
 
 The partition decides the bits of sums, so a configuration may depend on shapes, dtypes and the device, never on timing
-or on values. The entries come from compiled register and shared-memory use; they are not yet measured on a GPU.
+or on values. The rules come from compiled register and shared-memory use; they are not yet measured on a GPU. A row of
+``MEASURED`` comes before them.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -41,6 +43,10 @@ class Tile(NamedTuple):
         return {**options, "maxnreg": self.registers} if self.registers else options
 
 
+# By (rule, target, *bucket of the shape): what `lamkernels bench --tune` proposed on a device, once it is reviewed.
+# None is measured yet.
+MEASURED: dict[tuple[Hashable, ...], Tile] = {}
+
 ROWS_PER_SUM = 4096  # rows whose residuals a program adds in fp32 before the parts are merged in fp64
 
 PLAIN = Tile(0, 0, 0, 4, 1)  # compiler options of the small kernels with tiles of their own
@@ -71,6 +77,9 @@ def resident(target: str, num_rows: int, num_codes: int, dim: int) -> Tile | Non
         return Tile(32, codes, entries, 4, 1)
     if dim % ALIGNED and max(codes, entries) > 64:
         return None
+    row = MEASURED.get(("resident", target, codes, entries, num_rows <= SMALL_BATCH, dim % ALIGNED == 0))
+    if row is not None:
+        return row
     size = codes * entries
     narrow = size <= 2048 and (entries < 128 or target in RESIDENT_ENTRIES)
     warps = 4 if narrow or target.startswith("gfx") else 8  # a wave of gfx has 64 lanes
@@ -87,9 +96,13 @@ def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype, apart: b
     half = dtype in (torch.float16, torch.bfloat16)
     if target == "interpreter":
         return Tile(32, 64, 32, 4, 1)
+    scattered = apart or dim % ALIGNED != 0
+    row = MEASURED.get(("streamed", target, power(num_codes), power(dim), dtype, scattered))
+    if row is not None:
+        return row
     if target.startswith("gfx"):
         return Tile(128, 64, 64, 4, 1) if half else Tile(64, 64, 32, 4, 1)
-    if (apart or dim % ALIGNED) and (half or target != "sm_90"):
+    if scattered and (half or target != "sm_90"):
         return Tile(64, 64, 64, 8, 2, REGISTERS) if half else Tile(32, 64, 32, 8, 2, REGISTERS)
     return Tile(128, 128, 64, 8, 3, REGISTERS) if half else Tile(64, 64, 32, 4, 2, REGISTERS)
 
@@ -105,6 +118,9 @@ def segments(target: str, dim: int, dtype: torch.dtype) -> Tile:
         return Tile(32, 32, 32, 4, 1)
     if dtype == torch.float64:
         return Tile(16, 16, 16, 4, 1, registers(target))
+    row = MEASURED.get(("segments", target, power(dim), dtype, dim % ALIGNED == 0))
+    if row is not None:
+        return row
     wide = dim % ALIGNED == 0 and target in RESIDENT_ENTRIES
     return Tile(64, 64, min(power(dim), 64 if wide else 32), 4, 1, registers(target))
 
@@ -137,6 +153,9 @@ def products(target: str, dim: int, other: int, wide: bool) -> Tile:
     columns = min(power(max(dim, other)), 64)
     if target == "interpreter":
         return Tile(32, 1, min(columns, 32), 4, 1)
+    row = MEASURED.get(("products", target, power(max(dim, other)), wide))
+    if row is not None:
+        return row
     if wide:
         small = target.startswith("gfx")
         return Tile(16, 1, 16 if small else min(columns, 32), 4, 1, registers(target))

@@ -1,117 +1,29 @@
-"""Every kernel configuration compiles ahead of time without spills and within the shared memory of its target.
-
-The launchers run on meta tensors with the launch replaced by a recorder, so that what is compiled here is what
-tuning.py picks for that target, shape and dtype, and nothing else.
-"""
+"""Every kernel configuration compiles ahead of time without spills and within the shared memory of its target."""
 
 from __future__ import annotations
 
 import functools
 import os
 import re
-import subprocess
-import tempfile
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing: TRITON_INTERPRET=1 is set", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402  # after the skips above
-from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+from lamkernels.bench.ahead import SHARED, build, disassembler, record, sass, use  # after the skips above
 
-from lamkernels import tuning  # noqa: E402
-from lamkernels.ops.code_statistics import triton as statistics  # noqa: E402
-from lamkernels.ops.covariance import triton as covariances  # noqa: E402
-from lamkernels.ops.finite_scalar_quantize import triton as scalar  # noqa: E402
-from lamkernels.ops.lookup_free_quantize import triton as signs  # noqa: E402
-from lamkernels.ops.nearest_code import triton as nearest  # noqa: E402
-from lamkernels.ops.vector_quantize import triton as quantize  # noqa: E402
+from lamkernels.ops.code_statistics import triton as statistics
+from lamkernels.ops.covariance import triton as covariances
+from lamkernels.ops.finite_scalar_quantize import triton as scalar
+from lamkernels.ops.lookup_free_quantize import triton as signs
+from lamkernels.ops.nearest_code import triton as nearest
+from lamkernels.ops.vector_quantize import triton as quantize
 
-KB = 1024
-BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TARGETS = {  # target, bytes of shared memory a program may use
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 * KB),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 * KB),
-    "sm_100": (GPUTarget("cuda", 100, 32), 227 * KB),
-    "sm_120": (GPUTarget("cuda", 120, 32), 99 * KB),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KB),
-}
-TYPES = {
-    torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.bool: "i1",
-}  # fmt: skip
-
-
-class Launch(NamedTuple):
-    kernel: JITFunction
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[tuple[int], Any], ...]
-    aligned: tuple[tuple[int], ...]
-    options: tuple[tuple[str, int], ...]
-
-
-def record(monkeypatch: pytest.MonkeyPatch, target: str, call: Any) -> list[Launch]:
-    """The launches of ``call`` as they would be made on ``target``."""
-    launches: list[Launch] = []
-
-    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: int) -> None:
-        signature, constants, aligned = [], [], []
-        for i, (param, arg) in enumerate(zip(self.params, args, strict=True)):
-            if param.is_constexpr:
-                signature.append((param.name, "constexpr"))
-                constants.append(((i,), arg))
-            elif isinstance(arg, torch.Tensor):
-                signature.append((param.name, "*" + TYPES[arg.dtype]))
-                aligned.append((i,))
-            elif type(arg) is int and arg == 1:  # as the runtime does
-                signature.append((param.name, "constexpr"))
-                constants.append(((i,), arg))
-            elif isinstance(arg, float):
-                signature.append((param.name, "fp32"))
-            else:
-                signature.append((param.name, "i64" if arg >= 2**31 else "i32"))
-                if arg % 16 == 0:
-                    aligned.append((i,))
-        launches.append(Launch(self, tuple(signature), tuple(constants), tuple(aligned), tuple(options.items())))
-
-    monkeypatch.setattr(JITFunction, "run", run)
-    monkeypatch.setattr(tuning, "target_of", lambda device: target)
-    for module in (nearest, quantize, statistics, covariances):
-        monkeypatch.setattr(module, "persistent_programs", lambda device: 528)
-    call()
-    return launches
-
-
-@functools.cache
-def build(launch: Launch, target: str) -> Any:
-    source = ASTSource(
-        launch.kernel,
-        dict(launch.signature),
-        constexprs=dict(launch.constants),
-        attrs={place: [["tt.divisibility", 16]] for place in launch.aligned},
-    )
-    return triton.compile(source, target=TARGETS[target][0], options=dict(launch.options))
-
-
-def sass(compiled: Any) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        return subprocess.run([BIN / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
-
-
-def stack_bytes(compiled: Any) -> int:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
-    return sum(int(size) for size in re.findall(r"STACK:(\d+)", usage.stdout))
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -231,25 +143,45 @@ CASES = [*SHORT, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", CASES)
-def test_no_spills_and_the_shared_memory_fits(case: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for launch in record(monkeypatch, target, {**SHORT, **LONG}[case]):
+def test_no_spills_and_the_shared_memory_fits(case: str, target: str) -> None:
+    for launch in record(target, {**SHORT, **LONG}[case]):
         compiled = build(launch, target)
         name = f"{launch.kernel.__name__} {dict(launch.constants)}"
-        assert compiled.metadata.shared <= TARGETS[target][1], name
+        taken = use(compiled)
+        assert taken.shared <= SHARED[target], name
+        assert taken.stack == 0, name
         if target.startswith("sm"):
-            assert stack_bytes(compiled) == 0, name
             assert not re.search(r"\b(?:LDL|STL)\b", sass(compiled)), name
-        else:
-            spills = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", compiled.asm["amdgcn"])
-            assert set(spills) == {"0"}, name
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=["fp32 as tf32x3", "bf16"])
-def test_the_streamed_lookup_uses_wgmma(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    main = record(monkeypatch, "sm_90", lambda: lookup(8192, 256, dtype))[-1]
-    assert main.kernel.__name__ == "nearest_code_streamed_kernel"
-    assert "HGMMA" in sass(build(main, "sm_90"))
+WIDE_LOAD, WIDE_STORE = r"LDG\.E\.128", r"STG\.E\.128"
+ASYNC_LOAD = r"LDGSTS\.E\.BYPASS\.128"  # cp.async of 16 bytes, past L1
+TENSOR = r"\bH(?:G)?MMA\."
+MACHINE_CODE = {  # on sm_90, by case and kernel: what has to be in it, and what must not
+    # 16 rows are too few for a warpgroup's product, which takes 64
+    ("quantise 16 x 128", "vector_quantize_fwd_kernel"): ([r"HMMA\.1688\.F32\.TF32", WIDE_LOAD, WIDE_STORE], []),
+    # scores of 32 rows; sums by one-hot products of 64 codes
+    ("quantise 64 x 64", "vector_quantize_fwd_kernel"): ([r"HMMA\.1688\.F32\.TF32", r"HGMMA\.64x32x8\.F32\.TF32"], []),
+    ("quantise 64 x 64, bf16", "vector_quantize_fwd_kernel"): (
+        [r"HMMA\.16816\.F32\.BF16", r"HGMMA\.64x32x8\.F32\.TF32", WIDE_LOAD, WIDE_STORE], []),
+    ("quantise 64 x 64", "vector_quantize_bwd_kernel"): ([WIDE_LOAD, WIDE_STORE], [TENSOR]),
+    ("lookup 1024 x 64", "nearest_code_streamed_kernel"): ([r"HGMMA\.64x64x8\.F32\.TF32", ASYNC_LOAD], [r"\bHMMA\."]),
+    ("lookup 8192 x 256, bf16", "nearest_code_streamed_kernel"): (
+        [r"HGMMA\.64x128x16\.F32\.BF16", ASYNC_LOAD], [r"\bHMMA\.", r"TF32"]),
+    ("moments 64", "scatter_kernel"): ([r"HGMMA\.64x64x8\.F32\.TF32", ASYNC_LOAD, WIDE_STORE], [r"\bHMMA\."]),
+    ("lookup exact", "nearest_code_exact_kernel"): ([r"\bDFMA\b"], [TENSOR]),  # fp64, term by term
+}  # fmt: skip
 
 
-def test_training_takes_three_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(record(monkeypatch, "sm_90", lambda: quantise(64, 16, SINGLE, 1024))) == 3
+@pytest.mark.skipif(disassembler("nvdisasm") is None, reason="nvdisasm comes with Triton for NVIDIA or a CUDA toolkit")
+def test_the_machine_code_has_matrix_products_and_wide_loads() -> None:
+    for (case, kernel), (wanted, unwanted) in MACHINE_CODE.items():
+        launch = next(one for one in record("sm_90", {**SHORT, **LONG}[case]) if one.kernel.__name__ == kernel)
+        text = sass(build(launch, "sm_90"))
+        missing = [pattern for pattern in wanted if not re.search(pattern, text)]
+        found = [pattern for pattern in unwanted if re.search(pattern, text)]
+        assert not missing and not found, f"{kernel} of {case}: lacks {missing}, has {found}"
+
+
+def test_training_takes_three_launches() -> None:
+    assert len(record("sm_90", lambda: quantise(64, 16, SINGLE, 1024))) == 3

@@ -1,0 +1,140 @@
+"""Triton kernels compiled ahead of time, on any machine: what a call would launch, what it uses, its machine code.
+
+The launchers run on meta tensors with the launch replaced by a recorder, so that what is compiled is what tuning.py
+picks for that target, shape and dtype, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from lamkernels import tuning
+from lamkernels.ops.code_statistics import triton as statistics
+from lamkernels.ops.covariance import triton as covariances
+from lamkernels.ops.nearest_code import triton as nearest
+from lamkernels.ops.vector_quantize import triton as quantize
+
+KB = 1024
+BUNDLED = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+PROGRAMS = 528  # four on each multiprocessor of an H100
+SHARED = {  # bytes of shared memory that a program may use
+    "sm_80": 163 * KB, "sm_86": 99 * KB, "sm_89": 99 * KB, "sm_90": 227 * KB, "sm_100": 227 * KB, "sm_120": 99 * KB,
+    "gfx942": 64 * KB,
+}  # fmt: skip
+TYPES = {
+    torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.bool: "i1",
+}  # fmt: skip
+
+
+class Launch(NamedTuple):
+    """A kernel with everything that decides its code; ``constants`` and ``aligned`` name arguments by place."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[tuple[int], Any], ...]
+    aligned: tuple[tuple[int], ...]
+    options: tuple[tuple[str, int], ...]
+
+
+class Use(NamedTuple):
+    """What a program of a compiled kernel takes: bytes of shared memory, and registers and bytes of stack a thread."""
+
+    shared: int
+    registers: int
+    stack: int
+
+
+def record(target: str, call: Callable[[], object]) -> list[Launch]:
+    """The launches of ``call``, which is given meta tensors, as they would be made on ``target``."""
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: int) -> None:
+        signature, constants, aligned = [], [], []
+        for i, (param, arg) in enumerate(zip(self.params, args, strict=True)):
+            if param.is_constexpr:
+                signature.append((param.name, "constexpr"))
+                constants.append(((i,), arg))
+            elif isinstance(arg, torch.Tensor):
+                signature.append((param.name, "*" + TYPES[arg.dtype]))
+                aligned.append((i,))
+            elif type(arg) is int and arg == 1:  # as the runtime does
+                signature.append((param.name, "constexpr"))
+                constants.append(((i,), arg))
+            elif isinstance(arg, float):
+                signature.append((param.name, "fp32"))
+            else:
+                signature.append((param.name, "i64" if arg >= 2**31 else "i32"))
+                if arg % 16 == 0:
+                    aligned.append((i,))
+        launches.append(Launch(self, tuple(signature), tuple(constants), tuple(aligned), tuple(options.items())))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", run))
+        stack.enter_context(mock.patch.object(tuning, "target_of", lambda device: target))
+        for module in (nearest, quantize, statistics, covariances):
+            stack.enter_context(mock.patch.object(module, "persistent_programs", lambda device: PROGRAMS))
+        call()
+    return launches
+
+
+@functools.cache
+def build(launch: Launch, target: str) -> Any:
+    """The compiled kernel, for "sm_90", "gfx942" and the like."""
+    source = ASTSource(
+        launch.kernel,
+        dict(launch.signature),
+        constexprs=dict(launch.constants),
+        attrs={place: [["tt.divisibility", 16]] for place in launch.aligned},
+    )
+    kind, _, number = target.partition("_")
+    gpu = GPUTarget("cuda", int(number), 32) if kind == "sm" else GPUTarget("hip", target, 64)
+    return triton.compile(source, target=gpu, options=dict(launch.options))
+
+
+def use(compiled: Any) -> Use:
+    """What it takes. On AMD ``stack`` counts spilled registers and private bytes."""
+    if "cubin" in compiled.asm:
+        text = _inspect("cuobjdump", compiled, "-res-usage")
+        registers, stack = (sum(map(int, re.findall(rf"\b{name}:(\d+)", text))) for name in ("REG", "STACK"))
+    else:
+        text = compiled.asm["amdgcn"]
+        registers = max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", text)))
+        stack = sum(map(int, re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)))
+    return Use(compiled.metadata.shared, registers, stack)
+
+
+def sass(compiled: Any) -> str:
+    """The machine code of a kernel for NVIDIA."""
+    return _inspect("nvdisasm", compiled)
+
+
+def disassembler(name: str) -> Path | None:
+    """cuobjdump or nvdisasm: Triton's own, or that of a CUDA toolkit."""
+    found = shutil.which(name)
+    return BUNDLED / name if (BUNDLED / name).exists() else Path(found) if found else None
+
+
+def _inspect(name: str, compiled: Any, *options: str) -> str:
+    tool = disassembler(name)
+    if tool is None:
+        raise FileNotFoundError(f"{name} comes with Triton's NVIDIA backend or with a CUDA toolkit; here is neither")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
