@@ -307,7 +307,6 @@ def run(workloads: Sequence[Workload], seconds: float, path: Path | None, argv: 
         content = {
             "context": report.context("cuda", argv),
             "target": target,
-            "rows": [],
             "sweeps": [_plain(one) for one in found],
         }
         report.replace_file(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -26,6 +26,9 @@ class Answers:
         class Process:
             process = object()
 
+            def start(self):
+                test.asked.append(("start", provider))
+
             def ask(self, do, **request):
                 test.asked.append((do, provider))
                 answer = test.answers[provider][do] if do != "drop" else {}
@@ -75,6 +78,22 @@ def test_times_are_medians_over_rounds_and_a_loss_is_marked(monkeypatch, everyth
     assert rows["eager"].roofline == pytest.approx(max(LOOKUP.bytes, LOOKUP.flops) / 1e9 / 1e-3)
     turns = [name for do, name in asked if do == "time"]
     assert turns == ["numba", "eager", "reference", "eager", "reference", "numba"]
+
+
+def test_on_a_gpu_the_processes_start_together_and_both_clocks_are_kept(monkeypatch, everything_present):
+    monkeypatch.setattr(runner, "_free_memory", lambda device: None)
+    fake = Answers(
+        triton={"prepare": RIGHT, "time": {"samples": [2.0], "wall": 9.0, "graph": 1.0}},
+        eager={"prepare": RIGHT, "time": {"samples": [3.0], "wall": 5.0, "graph": None}},
+    )
+    monkeypatch.setattr(runner, "ProviderProcess", fake)
+    monkeypatch.setattr(runner, "PAUSE", 0)
+    settings = runner.Settings(device="cuda", rounds=2)
+    both = list(runner.run([LOOKUP, LOOKUP], ["triton", "eager"], settings))
+    ours, theirs = both[1]
+    assert (ours.time_ms, ours.wall_ms, ours.graph_ms) == (2.0, 9.0, 1.0) and theirs.graph_ms is None
+    assert fake.asked[:3] == [("start", "triton"), ("start", "eager"), ("prepare", "triton")]
+    assert sum(do == "start" for do, _ in fake.asked) == 2
 
 
 def test_a_wrong_result_and_a_failure_are_rows_without_times(monkeypatch, everything_present):
