@@ -23,7 +23,8 @@ argmin, and `contract` says whether every row keeps the bound of [numerics.md](n
 `roofline` is the share of what the machine allows: max(bytes / bandwidth, operations / rate) over the time, with both
 ceilings measured in the same process; above 100 % the caches served what the model counts as memory traffic, or the
 kernel outran torch's product, by which the rate is measured. `vs best peer` is the best peer's time over that of the
-row. Ours are **bold**; a row of ours behind a peer says LOSS, and a provider that could not run says why.
+row. Ours are **bold**; a row of ours behind a peer says LOSS, and a provider that could not run says why. `harness` is
+what the harness of a training step costs by itself: every other row has it in its time.
 """
 NO_GPU = """## GPUs
 
