@@ -68,7 +68,7 @@ class NonlinearControls:
             self.linear,
             samples=1000,
             eps_variance=self.linear.eps_variance[::4],
-            coupling=self.linear.coupling[::5],
+            coupling=self.linear.coupling[::3],
         )
         return replace(self, linear=linear, steps=30, seeds=self.seeds[:2])
 
@@ -79,9 +79,7 @@ CONTROLS = {
     "noise": NonlinearControls(replace(SPREAD, eps_variance=LEVELS), bottlenecks=("none", "vq", "fsq")),
     "bottlenecks": NonlinearControls(replace(SPREAD, eps_variance=(0.125, 4.0)), bottlenecks=tuple(BOTTLENECKS)),
     "remedies": NonlinearControls(Controls(eps_variance=(4.0,), horizon=2), remedies=REMEDIES),
-    "dependence": NonlinearControls(
-        Controls(eps_variance=(0.5, 2.0), coupling=tuple(round(0.1 * i, 12) for i in range(11)))
-    ),
+    "dependence": NonlinearControls(Controls(eps_variance=(0.5, 2.0), coupling=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0))),
 }
 DRAW: dict[str, Callable[[list[Row]], bytes]] = {
     "noise": nonlinear_figures.noise,
