@@ -100,7 +100,7 @@ class VectorQuantizer2Family(Compat):
     def _quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z as quantised rows in its shape, the weighted loss () and the indices (N,) int64."""
         quantized, indices, loss = quantize_with_loss(z, self.embedding.weight, *self._weights, whole_rows=True)
-        return quantized, loss if loss.dtype == z.dtype else loss.to(z.dtype), indices.reshape(-1)
+        return quantized, loss if loss.dtype == z.dtype else loss.to(z.dtype), indices
 
     @property
     def _weights(self) -> tuple[float, float]:

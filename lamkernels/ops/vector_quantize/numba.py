@@ -7,6 +7,7 @@ the thread that finishes last. Where it is large, the sums are a pass of their o
 from __future__ import annotations
 
 import functools
+import struct
 
 import numpy as np
 import torch
@@ -23,15 +24,16 @@ from lamkernels.ops.nearest_code.numba import (
     LOOKUP,
     codes_of_head,
     elements,
+    gather_rows,
     inverse_norm,
     make_scratch,
     make_staging,
     prepare_lookup,
-    row_of,
     row_strides,
     rows_of_block,
     scan,
     sizes_of,
+    spread_rows,
 )
 from lamkernels.ops.parallel import compiled, empty, launch
 from lamkernels.ops.simd import BITS, at, computed_type, fetch_add, narrow, quantize_rows, stored_type, widen, words
@@ -39,11 +41,14 @@ from lamkernels.ops.simd import BITS, at, computed_type, fetch_add, narrow, quan
 # The parameters behind those of the lookup: 0 quantized (H, N, D), 1 codebook in x.dtype, 2 its head stride, 3 mask or
 # 0, 4 [NaN, 0] in x.dtype, 5 partial residual sums (tasks, K, D) or 0, 6 partial counts (tasks, K), 7 partial loss and
 # rows (tasks, 2) fp64, 8 counts, 9 sums, 10 residual sums, 11 commitment loss, 12 codebook loss, 13 rows that are in,
-# 14 noise (H, N, D) or 0, 15 codes (H, N, D), with noise
-QUANTIZE = LOOKUP + 16
+# 14 noise (H, N, D) or 0, 15 codes (H, N, D), with noise, 16 x + (quantized − x) (H, N, D) or 0, for which a row that is
+# not in gets the first code, 17 whether quantized is laid out as x, whose rows lie in groups
+QUANTIZE = LOOKUP + 18
+THROUGH, AS_X = LOOKUP + 16, LOOKUP + 17
 STREAMED = 1 << 22  # bytes from which on the output is written past the caches
 MAX_PARTS = 1 << 21  # entries of all partial sums
 MIN_MERGED = 1 << 13  # codes of all chunks that are always merged
+MAX_PULLED = 1 << 13  # entries of a codebook whose pulls a task sums by itself
 
 
 @njit(**FLAGS)
@@ -59,6 +64,8 @@ def quantize_chunks(p, stored, computed):
     vector = BITS // (8 * codes.mean.itemsize)  # entries
     large = a[18] * rows * dim * fill.itemsize >= STREAMED
     streamed = large and dim % vector == 0 and (a[LOOKUP] | a[LOOKUP + 15]) % (vector * fill.itemsize) == 0
+    streamed = streamed and a[AS_X] == 0 and a[THROUGH] == 0
+    spread = np.empty(block * dim if a[AS_X] != 0 else 0, fill.dtype)
     finished_last = False
     while True:
         task = fetch_add(a, 0)
@@ -82,13 +89,15 @@ def quantize_chunks(p, stored, computed):
             out = elements(a[17], head * rows + start, count, np.int64(0))
             scan(x, stride, codebook, codes, options, scratch, out)
             begin, size = (head * rows + start) * dim, count * dim
-            quantized = elements(a[LOOKUP], begin, size, stored)
+            quantized = spread[:size] if a[AS_X] != 0 else elements(a[LOOKUP], begin, size, stored)
             chosen = quantized if a[LOOKUP + 14] == 0 else elements(a[LOOKUP + 15], begin, size, stored)
             for n in range(count):
                 if masked and mask[start + n] == 0:
                     out[n] = -1
                     quantized[n * dim : (n + 1) * dim] = fill[1]
                     chosen[n * dim : (n + 1) * dim] = fill[1]
+                elif out[n] < 0 and a[THROUGH] != 0:
+                    quantized[n * dim : (n + 1) * dim] = stored_codes[:dim]
                 elif out[n] < 0:
                     quantized[n * dim : (n + 1) * dim] = fill[0]
                     chosen[n * dim : (n + 1) * dim] = fill[0]
@@ -108,6 +117,13 @@ def quantize_chunks(p, stored, computed):
                     if out[n] >= 0:
                         row, here = x[n * stride : n * stride + dim], slice(n * dim, (n + 1) * dim)
                         _substitute(row, scales[n], codebook[out[n]], noise[here], quantized[here], stored)
+            if a[THROUGH] != 0:
+                through = elements(a[THROUGH], begin, size, stored)
+                for n in range(count):
+                    here = slice(n * dim, (n + 1) * dim)
+                    _pass_through(x[n * stride : n * stride + dim], quantized[here], through[here], stored)
+            if a[AS_X] != 0:
+                spread_rows(a, a[LOOKUP], head, start, start + count, spread, stored)
         part = elements(a[LOOKUP + 7], task * 2, 2, np.float64(0))
         part[0], part[1] = loss[0], inside
         if fetch_add(a, 1) == chunks * a[18] - 1:
@@ -138,6 +154,14 @@ def _substitute(row, scale, code, noise, quantized, stored):
     factor = np.sqrt(residual / length) + NOISE_EPS if length > 0.0 else 0.0
     for d in range(row.shape[0]):
         quantized[d] = narrow(widen(row[d]) * scale + factor * widen(noise[d]), stored)
+
+
+@njit(cache=True, nogil=True)  # reassociated it would be the code
+def _pass_through(row, code, through, stored):
+    """x + (q − x) of one row, each of the two rounded."""
+    for d in range(row.shape[0]):
+        difference = widen(narrow(widen(code[d]) - widen(row[d]), stored))
+        through[d] = narrow(widen(row[d]) + difference, stored)
 
 
 @njit(**FLAGS)
@@ -171,13 +195,15 @@ def _finish(a, head, chunks, computed):
             sums[k * dim + d] = total[k * dim + d] + np.float64(count[k]) * code if count[k] > 0 else 0.0
 
 
-# int64 parameters of the backward: 2 x, 3 head stride, 4 row stride, 5 codes (H, N, D), 6 indices (H, N),
-# 7 gradient of quantized or 0, 8 N, 9 K, 10 D, 11 to 13 its strides, 14 gradient of the commitment loss (H,), 15 of the
-# codebook loss (H,), 16 rows that are in (H,), 17 residual sums, 18 gradient of x, 19 of the codebook, 20 H, 21 chunk,
-# 22 noise (H, N, D) or 0, 23 what the noise sends to the codes, negated (H, N, D), 24 cosine, 25 rotation,
-# 26 to 28 groups of rows of x, as 19 to 21 of the lookup
-BACKWARD = 29
+# int64 parameters of the backward: 2 x, 3 head stride, 4 row stride, 5 codes (H, N, D), 6 indices (H, N), of
+# quantized or 0, 8 N, 9 K, 10 D, 11 to 13 its strides, 14 gradient of the commitment loss (H,), 15 of the codebook loss
+# (H,), 16 rows that are in (H,), 17 residual sums, 18 gradient of x, 19 of the codebook, 20 H, 21 chunk, 22 noise
+# (H, N, D) or 0, 23 what the noise sends to the codes, negated (H, N, D), or 0 where the task of the rows subtracts it,
+# 24 cosine, 25 rotation, 26 to 28 groups of rows of x, as 19 to 21 of the lookup, 29 and 30 the bits of what the
+# gradients of the two losses are multiplied by, as fp64
+BACKWARD = 31
 BACKWARD_CHUNK = 1 << 16  # entries of x in a task
+GATHERED = 1 << 12  # entries of x that are gathered at a time
 
 
 @njit(**FLAGS)
@@ -185,11 +211,14 @@ def _backward_chunks(p, stored, computed):
     a = carray(p, (BACKWARD,))
     rows, num_codes, dim, chunk = a[8], a[9], a[10], a[21]
     chunks = (rows + chunk - 1) // chunk + 1  # the last one is the codebook's
-    general = a[22] != 0 or a[24] != 0 or (a[25] != 0 and a[7] != 0)
-    flat = (
-        not general and a[26] == 0 and a[4] == dim and (a[7] == 0 or (a[12] == dim and a[13] == 1))
-    )  # all rows in one piece
-    scratch, staging = (np.zeros(dim), np.zeros(dim)), np.empty(dim, elements(a[2], 0, 1, stored).dtype)
+    noisy, general = a[22] != 0, a[22] != 0 or a[24] != 0 or (a[25] != 0 and a[7] != 0)
+    pulling = noisy and a[23] == 0
+    flat = not general and (a[26] != 0 or a[4] == dim) and (a[7] == 0 or (a[12] == dim and a[13] == 1))
+    piece = chunk if a[26] == 0 else max(GATHERED // dim, 1)  # rows that are done in one loop
+    room, weights = dim if general else 0, a.view(np.float64)
+    scratch = np.empty(room), np.empty(room)
+    staging = np.empty(max(dim, piece * dim) if a[26] != 0 else 0, elements(a[2], 0, 1, stored).dtype)
+    pulls = np.empty(num_codes * dim if pulling else 0)
     while True:
         task = fetch_add(a, 0)
         if task >= chunks * a[20]:
@@ -198,30 +227,68 @@ def _backward_chunks(p, stored, computed):
         inside = elements(a[16], head, 1, np.int64(0))[0]
         scale = 2.0 / (np.float64(max(inside, 1)) * np.float64(dim))
         if task % chunks == chunks - 1:
-            weight = -scale * elements(a[15], head, 1, computed)[0]
-            residual_sums = elements(a[17], head * num_codes * dim, num_codes * dim, computed)
-            grad_codebook = elements(a[19], head * num_codes * dim, num_codes * dim, computed)
-            for i in range(num_codes * dim):
-                grad_codebook[i] = weight * residual_sums[i]
+            if not pulling:
+                _send_to_codes(a, head, scale * weights[30], pulls, computed)
             continue
-        weight = narrow(scale * elements(a[14], head, 1, computed)[0], computed)
+        weight = narrow(scale * weights[29] * elements(a[14], head, 1, computed)[0], computed)
         indices = elements(a[6], head * rows, rows, np.int64(0))
         stop = min(first + chunk, rows)
         if flat:
-            least = indices[first]
+            for start in range(first, stop, piece):
+                end = min(start + piece, stop)
+                least = indices[start]
+                for n in range(start, end):
+                    least = min(least, indices[n])
+                if least >= 0:  # all rows in one piece
+                    _straight_through(a, _rows(a, head, start, end, staging, stored), weight, stored)
+                else:
+                    _rows_apart(a, head, start, end, weight, staging, stored)
+        elif not general:
+            _rows_apart(a, head, first, stop, weight, staging, stored)
+        else:
+            pulls[:] = 0.0
             for n in range(first, stop):
-                least = min(least, indices[n])
-            if least >= 0:  # all rows in one piece
-                _straight_through(a, _row(a, head, first, (stop - first) * dim, staging, stored), weight, stored)
-                continue
-        for n in range(first, stop):
-            row = _row(a, head, n, dim, staging, stored)
-            if indices[n] < 0:
-                row[3][:] = 0
-            elif general:
-                _general_row(a, (head * rows + n) * dim, row, weight, scratch, stored, computed)
-            else:
-                _straight_through(a, row, weight, stored)
+                row = _rows(a, head, n, n + 1, staging, stored)
+                if indices[n] < 0:
+                    row[3][:] = 0
+                elif noisy and a[24] == 0:
+                    at_row = (head * rows + n) * dim
+                    _noisy_row(a, row, elements(a[22], at_row, dim, stored), weight, scratch, stored)
+                    if pulling:
+                        to = pulls[indices[n] * dim : (indices[n] + 1) * dim]
+                        for d in range(dim):
+                            to[d] += scratch[0][d]
+                    else:
+                        elements(a[23], at_row, dim, computed)[:] = scratch[0]
+                else:
+                    _general_row(a, (head * rows + n) * dim, row, weight, scratch, stored, computed)
+            if pulling:
+                _send_to_codes(a, head, scale * weights[30], pulls, computed)
+
+
+@njit(**FLAGS)
+def _send_to_codes(a, head, weight, pulls, computed):
+    """The gradient of the codebook of a head: that of its loss less what was pulled, if anything."""
+    size = a[9] * a[10]
+    residual_sums = elements(a[17], head * size, size, computed)
+    grad_codebook = elements(a[19], head * size, size, computed)
+    weight = -weight * elements(a[15], head, 1, computed)[0]
+    for i in range(size):
+        grad_codebook[i] = weight * residual_sums[i]
+    for i in range(pulls.shape[0]):
+        grad_codebook[i] -= pulls[i]
+
+
+@njit(**FLAGS)
+def _rows_apart(a, head, start, stop, weight, staging, stored):
+    """Rows that do not lie behind one another, or of which some are not in: these get no gradient."""
+    indices = elements(a[6], head * a[8], a[8], np.int64(0))
+    for n in range(start, stop):
+        row = _rows(a, head, n, n + 1, staging, stored)
+        if indices[n] < 0:
+            row[3][:] = 0
+        else:
+            _straight_through(a, row, weight, stored)
 
 
 @njit(**FLAGS)
@@ -241,19 +308,52 @@ def _straight_through(a, row, weight, stored):
 
 
 @njit(**FLAGS)
-def _row(a, head, n, size, staging, stored):
-    """``size`` entries from row n of a head on: of x, its codes, the gradient of quantized, and the gradient of x.
+def _rows(a, head, start, stop, staging, stored):
+    """The entries of one row of a head, or of many that lie behind one another or are gathered: of x, its codes, the
+    gradient of quantized, and the gradient of x.
 
     Arrays of their own: in one of the whole head an index might be negative for all the compiler knows, and no loop
     over it is vectorised.
     """
-    at = (head * a[8] + n) * a[10]
+    at, size = (head * a[8] + start) * a[10], (stop - start) * a[10]
+    x = staging[:size] if a[26] != 0 else elements(a[2], head * a[3] + start * a[4], size, stored)
+    if a[26] != 0:
+        gather_rows(a, 26, head, start, stop, staging, stored)
     return (
-        row_of(a, 26, head, n, 0, size, staging, stored),
+        x,
         elements(a[5], at, size, stored),
-        elements(a[7], head * a[11] + n * a[12], (size - 1) * a[13] + 1, stored),
+        elements(a[7], head * a[11] + start * a[12], (size - 1) * a[13] + 1, stored),
         elements(a[18], at, size, stored),
     )
+
+
+@njit(**FLAGS)
+def _noisy_row(a, row, noise, weight, scratch, stored):
+    """The gradient of one row under noise substitution, in fp64; what its code is pulled by goes to scratch[0].
+
+    NSVQ: g + a(x − c)/r for x, of which the second part with the other sign for the code.
+    """
+    (x, codes, grad, grad_x), (pull, g) = row, scratch
+    dim, step = pull.shape[0], a[13]
+    if step == 1:
+        for d in range(dim):
+            g[d] = widen(grad[d])
+    else:
+        for d in range(dim):
+            g[d] = widen(grad[d * step])
+    along, length, distance = 0.0, 0.0, 0.0
+    for d in range(dim):
+        along += g[d] * np.float64(widen(noise[d]))
+        length += np.float64(widen(noise[d])) ** 2
+        distance += (np.float64(widen(x[d])) - np.float64(widen(codes[d]))) ** 2
+    size = np.sqrt(length) * np.sqrt(distance)
+    factor = along / size if size > 0.0 else 0.0
+    for d in range(dim):
+        residual = np.float64(widen(x[d])) - np.float64(widen(codes[d]))
+        pull[d] = factor * residual
+        g[d] += weight * residual
+    for d in range(dim):
+        grad_x[d] = narrow(g[d] + pull[d], stored)
 
 
 @njit(**FLAGS)
@@ -323,6 +423,9 @@ def _pull(row, codes, noise, g, pull):
         g[d] += part
 
 
+ONE = struct.unpack("q", struct.pack("d", 1.0))[0]
+
+
 def _quantize(p):
     quantize_chunks(words(p), stored_type(p), computed_type(p))
 
@@ -382,6 +485,8 @@ def vector_quantize(
         num_rows.data_ptr(),
         0 if noise is None else noise.data_ptr(),
         codes.data_ptr(),
+        0,
+        False,
     ]
     launch(compiled(_quantize, x.dtype), parameters, lookup.tasks, lookup.work)
     if not summing:
@@ -394,6 +499,11 @@ def sums_by_chunk(heads: int, rows: int, num_codes: int, dim: int, itemsize: int
     """Whether every chunk sums by itself: where merging costs less than a pass of its own, in a few MiB."""
     chunks = heads * sizes_of(rows, num_codes, dim, itemsize, True).chunks
     return 0 < chunks * num_codes * dim <= MAX_PARTS and 2 * chunks * num_codes <= max(heads * rows, MIN_MERGED)
+
+
+def pulls_in_task(rows: int, num_codes: int, dim: int, metric: str) -> bool:
+    """Whether the rows of a head are one task of the backward, which sums what noise sends to the codes by itself."""
+    return rows <= max(1, BACKWARD_CHUNK // dim) and num_codes * dim <= MAX_PULLED and metric != "cosine"
 
 
 def vector_quantize_backward(
@@ -410,8 +520,10 @@ def vector_quantize_backward(
     noise = None if noise is None or grad_quantized is None else noise.contiguous()
     grad_x = empty(x.shape, x.dtype)
     grad_codebook = torch.empty_like(residual_sums)
-    pull = None if noise is None else empty((heads, rows, dim), residual_sums.dtype)
     chunk = max(1, BACKWARD_CHUNK // dim)
+    pull = None
+    if noise is not None and not pulls_in_task(rows, num_codes, dim, metric):
+        pull = empty((heads, rows, dim), residual_sums.dtype)
     parameters = [
         x.data_ptr(),
         strides.head,
@@ -438,6 +550,8 @@ def vector_quantize_backward(
         strides.group,
         strides.group_stride,
         strides.entry,
+        ONE,
+        ONE,
     ]
     tasks = heads * (-(-rows // chunk) + 1)
     launch(compiled(backward, x.dtype), parameters, tasks, 4 * heads * rows * dim)
