@@ -29,8 +29,8 @@ def plan_one_call(
 ) -> OneCall | None:  # fmt: skip
     """A plan of :mod:`lamkernels.ops.vector_quantize.numba_one_call`, whose arguments these are, or None.
 
-    With ``whole_rows`` x may have any shape of whole rows, if it is contiguous; its indices are (N,). None in compiled code, under
-    transforms, for other backends, and for arguments that do not fit.
+    With ``whole_rows`` x may have any shape of whole rows, if it is contiguous; its indices are (N,). None in compiled
+    code, under transforms, for other backends, and for arguments that do not fit.
     """
     if not is_plain(x, codebook) or not codebook.is_contiguous() or resolve(backend, "cpu") != "numba":
         return None

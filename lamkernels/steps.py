@@ -28,8 +28,11 @@ def noise_step(x: Tensor, codebook: Tensor, noise: Tensor, used: Tensor) -> tupl
     Returns:
         quantized (N, D), indices (N,) int64, 0 for a row that is not finite, and the perplexity () of the codes.
     """
-    planned = plan_one_call(x, codebook, "noise", "l2", "default", "auto") if _fits(noise, x) else None
-    if planned is not None and _counts(used, codebook, torch.int32):
+    planned = None
+    fits = is_plain(noise, used) and noise.shape == x.shape and noise.dtype == x.dtype and noise.is_contiguous()
+    if fits and _counts(used, codebook, torch.int32):
+        planned = plan_one_call(x, codebook, "noise", "l2", "default", "auto")
+    if planned is not None:
         step: tuple[Tensor, Tensor, Tensor] = numba_steps().noise_step(x, codebook, *planned, noise.detach(), used)
         return step
     out = vector_quantize(x, codebook, gradient="noise", noise=noise)
@@ -51,7 +54,8 @@ def gradient_step(x: Tensor, codebook: Tensor, usage: Tensor | None) -> tuple[Te
         finite.
     """
     planned = None
-    if x.dtype == codebook.dtype and (usage is None or _counts(usage, codebook, codebook.dtype)):
+    counts = usage is None or (is_plain(usage) and _counts(usage, codebook, codebook.dtype))
+    if counts and x.dtype == codebook.dtype:
         planned = plan_one_call(x, codebook, "ste", "l2", "default", "auto")
     if planned is not None:
         step: tuple[Tensor, Tensor, Tensor] = numba_steps().gradient_step(x, codebook, *planned, usage)
@@ -98,15 +102,10 @@ def map_step(
     return None if plan is None else steps.map_step(x, codebook, averages, plan, commitment)
 
 
-def _fits(noise: Tensor, x: Tensor) -> bool:
-    return is_plain(noise) and noise.shape == x.shape and noise.dtype == x.dtype and noise.is_contiguous()
-
-
 def _counts(counter: Tensor, codebook: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a kernel can add to it."""
+    """Whether a kernel can add to a plain tensor."""
     return (
-        is_plain(counter)
-        and counter.dtype == dtype
+        counter.dtype == dtype
         and counter.shape == codebook.shape[:1]
         and counter.is_contiguous()
         and not counter.requires_grad

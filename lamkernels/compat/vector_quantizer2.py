@@ -93,6 +93,8 @@ class VectorQuantizer2Family(Compat):
     def _as_computed(self, z: Tensor) -> Tensor:
         """Half precision rows become those of an fp32 codebook, as in upstream's arithmetic, under autocast as well."""
         dtype = self.embedding.weight.dtype
+        if z.dtype == dtype and z.shape[-1:] == (self.e_dim,):
+            return z
         if z.numel() % self.e_dim:
             raise ValueError(f"z has shape {tuple(z.shape)}; its entries must make rows of e_dim = {self.e_dim}")
         return z if z.dtype == dtype else z.to(torch.promote_types(z.dtype, dtype))

@@ -91,11 +91,12 @@ def forward(
         array[LOOKUP + 14], array[LOOKUP + 15] = noise.data_ptr(), codes.data_ptr()
     array[QUANTIZE] = array[QUANTIZE + 1] = loss.data_ptr()
     array[QUANTIZE + 3] = base
-    array[LOOKUP + 8], array[LOOKUP + 9], array[LOOKUP + 10] = (
-        base + offset if wanted is None else wanted.data_ptr()
-        for wanted, offset in zip(statistics, plan.statistics, strict=True)
-    )
-    if statistics[0] is not None:
+    counts, sums, residual_sums = statistics
+    at_counts, at_sums, at_residual_sums = plan.statistics
+    array[LOOKUP + 8] = base + at_counts if counts is None else counts.data_ptr()
+    array[LOOKUP + 9] = base + at_sums if sums is None else sums.data_ptr()
+    array[LOOKUP + 10] = base + at_residual_sums if residual_sums is None else residual_sums.data_ptr()
+    if counts is not None:
         codebook_loss = codebook.new_empty(())
         array[QUANTIZE + 1] = codebook_loss.data_ptr()
     for place, value in settings.items():
@@ -277,22 +278,15 @@ def gradient(
 
 def is_ordinary(*grads: Tensor | None) -> bool:
     """Not where the operator is needed: it refuses second derivatives, and has a batching rule."""
-    given = [grad for grad in grads if grad is not None]
-    return not torch.is_grad_enabled() and is_plain(*given) and all(map(_has_memory, given))
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    """A batch of gradients under vmap has none."""
-    try:
-        return tensor.data_ptr() is not None
-    except RuntimeError:
-        return False
+    return not torch.is_grad_enabled() and is_plain(*[grad for grad in grads if grad is not None])
 
 
 def _lie_as_planned(plan: Plan, x: Tensor, rows: Tensor | None, *others: Tensor | None) -> bool:
     """Whether what was saved came back in the layout that it had: hooks on saved tensors may copy."""
-    placed = x.is_contiguous() if rows is None else row_strides(rows) == plan.strides
-    return placed and all(other is None or other.is_contiguous() for other in others)
+    for other in others:
+        if other is not None and not other.is_contiguous():
+            return False
+    return x.is_contiguous() if rows is None else row_strides(rows) == plan.strides
 
 
 ZERO = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
@@ -332,28 +326,38 @@ def _in_one_call(
     array = BackwardArray.from_buffer_copy(plan.backward)
     array[2], array[5], array[6] = (x if rows is None else rows).data_ptr(), codes.data_ptr(), indices.data_ptr()
     if grad_quantized is not None:
-        as_rows = grad_quantized.ndim == 2 and grad_quantized.shape[1] == dim and plan.heads == 1
-        grad = grad_quantized if as_rows else grad_quantized.reshape(plan.heads, -1, dim)
-        if grad.stride(-1) not in (0, 1):
-            grad = grad.contiguous()
+        if grad_quantized.is_contiguous():
+            grad, array[11], array[12], array[13] = grad_quantized, x.numel() // plan.heads, dim, 1
+        else:
+            grad = grad_quantized.reshape(plan.heads, -1, dim)
+            if grad.stride(-1) not in (0, 1):
+                grad = grad.contiguous()
+            array[11], array[12], array[13] = grad.stride()
         array[7] = grad.data_ptr()
-        *head_stride, array[12], array[13] = grad.stride()
-        array[11] = head_stride[0] if head_stride else 0
         if noise is not None:
             array[22] = noise.data_ptr()
             if residual_sums is None or not ctx.needs_input_grad[1] or not plan.pulls:
                 pull = torch.empty(indices.numel(), dim, dtype=ctx.computed, device="cpu")
                 array[23] = pull.data_ptr()
-    on_rows, on_codes = (_of_heads(grad, plan.heads, ctx.computed) for grad in (grad_commitment, grad_codebook_loss))
+    on_rows = _of_heads(grad_commitment, plan.heads, ctx.computed)
+    on_codes = on_rows
+    if grad_codebook_loss is not grad_commitment:
+        on_codes = _of_heads(grad_codebook_loss, plan.heads, ctx.computed)
     array[14], array[15] = on_rows.data_ptr(), on_codes.data_ptr()
     if weights != (1.0, 1.0):
-        (ctypes.c_double * 2).from_buffer(array, 8 * 29)[:] = weights
-    rows_in = (ctypes.c_int64 * plan.heads)(*[ctx.rows_in] * plan.heads)
+        (ctypes.c_double * 2).from_buffer(array, 8 * 29)[:] = [*weights]
+    rows_in: Any = ctypes.c_int64(ctx.rows_in)
+    if plan.heads > 1:
+        rows_in = (ctypes.c_int64 * plan.heads)(*[ctx.rows_in] * plan.heads)
     array[16], array[18] = ctypes.addressof(rows_in), grad_x.data_ptr()
     if residual_sums is not None and ctx.needs_input_grad[1]:
         grad_codebook = torch.empty_like(residual_sums)
         array[9], array[17], array[19] = residual_sums.shape[-2], residual_sums.data_ptr(), grad_codebook.data_ptr()
-    run(plan.kernel_backward, ctypes.addressof(array), plan.backward_tasks, 4 * x.numel())
+    work = 4 * x.numel()
+    if work < MIN_WORK_PER_THREAD:
+        plan.call_backward(ctypes.addressof(array))
+    else:
+        run(plan.kernel_backward, ctypes.addressof(array), plan.backward_tasks, work)
     if pull is not None and grad_codebook is not None:
         pulls = grad_codebook.new_empty(plan.heads, *grad_codebook.shape[-2:])
         counts = indices.new_empty(pulls.shape[:2])

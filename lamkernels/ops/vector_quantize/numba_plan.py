@@ -23,17 +23,8 @@ from lamkernels.ops.nearest_code.numba import (
 )
 from lamkernels.ops.parallel import compiled, entry
 from lamkernels.ops.simd import computed_type, stored_type, words
-from lamkernels.ops.vector_quantize.numba import (
-    BACKWARD,
-    BACKWARD_CHUNK,
-    ONE,
-    QUANTIZE,
-    backward,
-    nan_and_zero,
-    pulls_in_task,
-    quantize_chunks,
-    sums_by_chunk,
-)
+from lamkernels.ops.vector_quantize.numba import QUANTIZE, nan_and_zero, quantize_chunks, sums_by_chunk
+from lamkernels.ops.vector_quantize.numba_backward import BACKWARD, BACKWARD_CHUNK, ONE, backward, pulls_in_task
 from lamkernels.validation import GRADIENTS, PRECISIONS
 
 # The parameters behind those of the quantisation: 0 and 1 the two losses over all heads, 2 how many rows are in, 3 the
@@ -180,9 +171,10 @@ class Plan(NamedTuple):
     statistics: tuple[int, int, int]  # where in the scratch counts, sums and residual sums are, if nobody wants them
     tasks: int
     work: int
-    kernel: Any  # the compiled forward, it as a function of an address, and the compiled backward
+    kernel: Any  # the compiled forward, it as a function of an address, and so the backward
     call: Callable[[int], None]
     kernel_backward: Any
+    call_backward: Callable[[int], None]
     backward_tasks: int
     strides: Strides | None  # of the rows of x, None where it is contiguous
     leading: torch.Size  # of the indices
@@ -251,10 +243,10 @@ def plan(
         0, 0, 0, laid.head, laid.row, 0, 0, 0, rows, 0, dim, 0, 0, 0, 0, 0, 0, 0, 0, 0, heads, chunk, 0, 0,
         metric == "cosine", gradient == "rotation", laid.group, laid.group_stride, laid.entry, ONE, ONE,
     )  # fmt: skip
-    kernel = compiled(_step, stored)
+    kernel, kernel_backward = compiled(_step, stored), compiled(backward, stored)
     return Plan(
         forward, backward_array, scratch, (at["counts"], at["sums"], at["residual sums"]), tasks,
-        heads * rows * num_codes * dim, kernel, entry(kernel), compiled(backward, stored),
+        heads * rows * num_codes * dim, kernel, entry(kernel), kernel_backward, entry(kernel_backward),
         heads * (-(-rows // chunk) + 1), strides, shape[:-1], heads, dim,
         pulls_in_task(rows, num_codes, dim, metric), (metric, gradient),
     )  # fmt: skip

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lamkernels.ops.nearest_code.numba import Strides
 from lamkernels.ops.parallel import run
-from lamkernels.ops.vector_quantize.numba import BACKWARD_CHUNK, THROUGH
+from lamkernels.ops.vector_quantize.numba import THROUGH
+from lamkernels.ops.vector_quantize.numba_backward import BACKWARD_CHUNK
 from lamkernels.ops.vector_quantize.numba_one_call import (
     NO_STATISTICS,
     ZERO,
@@ -88,9 +89,7 @@ class GradientStep(torch.autograd.Function):
         settings = {THROUGH: through.data_ptr()}
         if usage is not None:
             settings |= {GROUPS_USED: usage.data_ptr(), GROUPS_USED + 1: plan.leading[1:].numel()}
-        codes, indices, _, _, _, rows_in = forward(
-            x, codebook, plan, (rows, None, None), NO_STATISTICS, settings
-        )
+        codes, indices, _, _, _, rows_in = forward(x, codebook, plan, (rows, None, None), NO_STATISTICS, settings)
         visible = visible_indices(indices, rows_in)
         ctx.num_codes = codebook.shape[0]
         ctx.mark_non_differentiable(visible)
@@ -163,9 +162,7 @@ class MapStep(torch.autograd.Function):
         return grad_x, None, None, None, None
 
 
-def _pull_to_codes(
-    ctx: Any, x: Tensor, quantized: Tensor, indices: Tensor, grad: Tensor, grad_loss: Tensor
-) -> Tensor:
+def _pull_to_codes(ctx: Any, x: Tensor, quantized: Tensor, indices: Tensor, grad: Tensor, grad_loss: Tensor) -> Tensor:
     """grad + 2 · commitment · (x − quantized) / numel · grad_loss: entry by entry, so rows of memory will do."""
     dim = ctx.plan.dim
     grad_x, rows, chunk = empty_as(x), x.numel() // dim, max(1, BACKWARD_CHUNK // dim)
