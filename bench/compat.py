@@ -124,7 +124,8 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.gradients
+        # a tensor that nobody else holds is taken for .grad as it is
+        return None, *[gradient if gradient is None else gradient.detach() for gradient in ctx.gradients]
 
 
 class Harness(nn.Module):
