@@ -69,7 +69,8 @@ class VectorQuantizer(Compat):
         """Whether nothing of the codebook and of this class is changed, which a lookup of its own would pass by."""
         codebook = self.codebook
         return (
-            codebook.padding_idx is None
+            type(codebook) is nn.Embedding
+            and codebook.padding_idx is None
             and codebook.max_norm is None
             and not (codebook.scale_grad_by_freq or codebook.sparse)
             and not (codebook._forward_hooks or codebook._forward_pre_hooks)
