@@ -7,6 +7,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+# The dispatch keys of a dense tensor on the CPU, with and without autograd. One that lies elsewhere or otherwise, is
+# lazily negated or zero, or is wrapped by a function transform, also one that outlived it, has others.
+with torch.inference_mode():
+    ORDINARY = {torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
+with torch.inference_mode(False):
+    ORDINARY.add(torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
+
 
 def is_plain(*tensors: object) -> bool:
     """Whether these are ordinary CPU tensors and nothing watches or transforms the operators that they go through.
@@ -22,13 +29,7 @@ def is_plain(*tensors: object) -> bool:
         if kind is not Tensor and kind is not Parameter:
             return False
         assert isinstance(tensor, Tensor)
-        if (
-            not tensor.is_cpu
-            or tensor.layout is not torch.strided
-            or tensor.is_neg()  # a lazy negation
-            or tensor._is_zerotensor()
-            or torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # also one that outlived its transform
-        ):
+        if torch._C._dispatch_keys(tensor).raw_repr() not in ORDINARY:
             return False
     return (
         torch._C._len_torch_dispatch_stack() == 0

@@ -241,16 +241,17 @@ def quantize_with_loss(
         whole_rows: x may have any shape whose entries make whole rows; ``quantized`` gets it too.
 
     Returns:
-        quantized, indices (...,), or (N,) for such a shape, with 0 for a row that is not finite, and the loss ().
+        quantized, indices (...,), or (N,) with ``whole_rows``, with 0 for a row that is not finite, and the loss ().
     """
-    weights = commitment_weight, codebook_weight
-    planned = None
-    if metric != "cosine" and all(isinstance(weight, (int, float)) for weight in weights):
-        planned = plan_one_call(x, codebook, gradient, metric, precision, backend, whole_rows=whole_rows)
+    planned, numbers = None, (int, float)
+    if metric != "cosine" and isinstance(commitment_weight, numbers) and isinstance(codebook_weight, numbers):
+        planned = plan_one_call(x, codebook, gradient, metric, precision, backend, None, whole_rows)
     if planned is not None:
-        step: tuple[Tensor, Tensor, Tensor] = numba_one_call().weighted_step(x, codebook, *planned, weights)
-        return step
-    rows = x.reshape(-1, codebook.shape[1]) if whole_rows and x.shape[-1] != codebook.shape[1] else x
+        quantized, indices, loss = numba_one_call().weighted_step(
+            x, codebook, *planned, (commitment_weight, codebook_weight)
+        )
+        return quantized, indices.reshape(-1) if whole_rows and indices.ndim != 1 else indices, loss
+    rows = x.reshape(-1, codebook.shape[1]) if whole_rows else x
     out = vector_quantize(rows, codebook, gradient=gradient, metric=metric, precision=precision, backend=backend)
     weighted = out.commitment_loss if commitment_weight == 1 else commitment_weight * out.commitment_loss
     loss = torch.add(weighted, out.codebook_loss, alpha=codebook_weight)

@@ -29,8 +29,8 @@ def plan_one_call(
 ) -> OneCall | None:  # fmt: skip
     """A plan of :mod:`lamkernels.ops.vector_quantize.numba_one_call`, whose arguments these are, or None.
 
-    With ``whole_rows`` x may have any shape of whole rows, if it is contiguous. None in compiled code, under
-    transforms, for other backends, and for arguments that do not fit.
+    With ``whole_rows`` x may have any shape of whole rows, if it is contiguous; its indices are (N,). None in compiled
+    code, under transforms, for other backends, and for arguments that do not fit.
     """
     if not is_plain(x, codebook) or not codebook.is_contiguous() or resolve(backend, "cpu") != "numba":
         return None
@@ -39,7 +39,7 @@ def plan_one_call(
     module, shape, rows, strides = numba_one_call(), x.shape, None, None
     if x.is_contiguous():
         dim = codebook.shape[-1]
-        if whole_rows and shape[-1:] != (dim,) and x.numel() % dim == 0:
+        if whole_rows and x.numel() % dim == 0:
             shape = torch.Size((x.numel() // dim, dim))
     else:
         detached = x.detach()
@@ -53,6 +53,12 @@ def plan_one_call(
 def numba_one_call() -> Any:
     """Loaded when Numba is there and a call on the CPU asks for it."""
     return importlib.import_module("lamkernels.ops.vector_quantize.numba_one_call")
+
+
+@functools.cache
+def numba_steps() -> Any:
+    """Loaded as :func:`numba_one_call` is."""
+    return importlib.import_module("lamkernels.ops.vector_quantize.numba_steps")
 
 
 def rows_in_groups(x: Tensor) -> Tensor:

@@ -339,6 +339,19 @@ def test_noise_of_half_rows_has_the_length_of_the_residual_from_the_fp32_code(ba
     assert (out.quantized != x).any()
 
 
+@pytest.mark.parametrize(("rows", "codes"), [(5000, 4), (300, 700)], ids=["many rows", "many codes"])
+def test_noise_pulls_the_codes_of_any_number_of_rows(backend, rows, codes):
+    x, noise, grad = torch.randn(3, rows, 16).unbind()
+    codebook = torch.randn(codes, 16, requires_grad=True)
+    out = lk.vector_quantize(x, codebook, gradient="noise", noise=noise, backend=backend)
+    out.quantized.backward(grad)
+    residual = x.double() - codebook.detach().double()[out.indices]
+    along = (grad.double() * noise.double()).sum(-1) / noise.double().norm(dim=-1)
+    pulls = (along / residual.norm(dim=-1))[:, None] * residual
+    wanted = torch.zeros(codes, 16, dtype=torch.float64).index_add_(0, out.indices, -pulls)
+    torch.testing.assert_close(codebook.grad.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
 def test_noise_comes_from_the_generator():
     x, codebook = torch.randn(50, 8), torch.randn(4, 8)
 

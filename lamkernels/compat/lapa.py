@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from lamkernels.compat.base import Compat
 from lamkernels.compat.structure import difference
-from lamkernels.functional import lookup, nearest_code, vector_quantize
+from lamkernels.functional import lookup, nearest_code
 from lamkernels.ops.constants import NOISE_EPS
+from lamkernels.steps import noise_step
 
 logger = logging.getLogger(__name__)
 
@@ -150,15 +151,14 @@ class NSVQ(Compat):
             rows = rows.to(codebook.dtype)
         if noise is None:
             noise = self._draw(rows)
-        out = vector_quantize(rows, codebook, gradient="noise", noise=noise)
-        indices = out.indices.clamp(min=0)
-        quantized = lookup(out.indices, codebook) if codebook_training_only else out.quantized
-        perplexity = torch.special.entr(out.counts / rows.shape[0]).sum().exp()
-        if self.codebooks_used.device != rows.device:  # it stays behind where the module moves
-            self.codebooks_used = self.codebooks_used.to(rows.device)
-        self.codebooks_used.add_(out.counts > 0)
-        used = self.codebooks_used.cpu().numpy() if self.numpy_usage else self.codebooks_used
-        return self.decode(quantized, batch), perplexity, used, indices.reshape(batch, -1)
+        used = self.codebooks_used
+        if used.device != rows.device:  # it stays behind where the module moves
+            self.codebooks_used = used = used.to(rows.device)
+        quantized, indices, perplexity = noise_step(rows, codebook, noise, used)
+        if codebook_training_only:
+            quantized = lookup(nearest_code(rows, codebook), codebook)
+        counted = used.cpu().numpy() if self.numpy_usage else used
+        return self.decode(quantized, batch), perplexity, counted, indices.reshape(batch, -1)
 
     def _draw(self, rows: Tensor) -> Tensor:
         if rows.is_cpu or self.device_noise:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lamkernels.compat.base import Compat
 from lamkernels.compat.structure import difference
 from lamkernels.functional import lookup, vector_quantize
+from lamkernels.steps import map_step
 
 
 class VQConfig(Protocol):
@@ -90,6 +91,11 @@ class VQEmbeddingEMA(Compat):
             (b, codebooks, latents, 1) int64.
         """
         cfg, batch = self.cfg, len(x)
+        if x.numel() == batch * cfg.num_codebooks * cfg.emb_dim * cfg.num_discrete_latents:
+            step = self._step(x, cfg.num_discrete_latents)
+            if step is not None:
+                z_q, loss, perplexity, indices = step
+                return z_q, loss, perplexity, indices.permute(1, 0, 2).unsqueeze(-1)
         maps = x.view(batch, cfg.num_codebooks * cfg.emb_dim, cfg.num_discrete_latents, 1)
         z_q, loss, perplexity, indices = self.forward_2d(maps)
         return z_q.reshape(batch, -1), loss, perplexity, indices
@@ -100,6 +106,10 @@ class VQEmbeddingEMA(Compat):
         batch, channels, height, width = x.shape
         if channels != books * dim:
             raise ValueError(f"x has {channels} channels; {books} codebooks of {dim} dimensions take {books * dim}")
+        step = self._step(x, height * width)
+        if step is not None:
+            z_q, loss, perplexity, indices = step
+            return z_q, loss, perplexity, indices.view(books, batch, height, width).permute(1, 0, 2, 3)
         rows = x.detach().view(batch, books, dim, height * width).permute(1, 0, 3, 2)  # (books, b, h·w, D), strided
         if rows.dtype != self.embedding.dtype:  # under autocast: upstream's codes have the dtype of the codebook
             rows = rows.to(self.embedding.dtype)
@@ -115,6 +125,11 @@ class VQEmbeddingEMA(Compat):
             torch.special.entr(usage).sum(-1).exp().sum(),
             out.indices.clamp(min=0).view(books, batch, height, width).permute(1, 0, 2, 3),
         )
+
+    def _step(self, x: Tensor, places: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        averages = (self.ema_count, self.ema_weight) if self.training else None
+        rates = self.cfg.decay, self.epsilon
+        return map_step(x, self.embedding, averages, rates, self.cfg.commitment_cost, places)
 
     @torch.no_grad()
     def _update(self, counts: Tensor, sums: Tensor) -> None:

@@ -68,7 +68,8 @@ class VectorQuantizer2(VectorQuantizer2Family):
         z = self._as_computed(z)
         closest = self.remap is not None and self.unknown_index == "closest"
         z_q, loss, indices = self._quantize_among_used(z) if closest else self._quantize(z)
-        z_q = z_q.reshape(z.shape[0], -1, z.shape[-1])
+        if z_q.ndim != 3:
+            z_q = z_q.reshape(z.shape[0], -1, z.shape[-1])
         if self.remap is not None and not closest:
             indices = self.remap_to_used(indices.reshape(z.shape[0], -1)).reshape(-1, 1)
         return z_q, indices.reshape(z_q.shape[:-1]) if self.sane_index_shape else indices, loss

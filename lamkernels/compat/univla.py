@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lamkernels.compat.base import Compat
 from lamkernels.compat.structure import difference
 from lamkernels.functional import nearest_code
+from lamkernels.steps import count_groups, gradient_step
 
 
 class VectorQuantizer(Compat):
@@ -54,18 +55,33 @@ class VectorQuantizer(Compat):
             to the codebook; the loss is the caller's, mse(x.detach(), z) + 0.25 · mse(x, z.detach()). x itself.
             indices (...,) int64.
         """
+        counts = not self.training or self.code_restart
+        if self._is_as_made():
+            z_q, z, indices = gradient_step(x, self.codebook.weight, self.usage if counts else None)
+            return z_q, z, x, indices
         indices = nearest_code(x, self.codebook.weight).clamp_(min=0)
         z = self.codebook(indices)
-        if not self.training or self.code_restart:
+        if counts:
             self.update_usage(indices)
         return x + (z - x).detach(), z, x, indices
+
+    def _is_as_made(self) -> bool:
+        """Whether nothing of the codebook and of this class is changed, which a lookup of its own would pass by."""
+        codebook = self.codebook
+        return (
+            type(codebook) is nn.Embedding
+            and codebook.padding_idx is None
+            and codebook.max_norm is None
+            and not (codebook.scale_grad_by_freq or codebook.sparse)
+            and not (codebook._forward_hooks or codebook._forward_pre_hooks)
+            and not (codebook._backward_hooks or codebook._backward_pre_hooks)
+            and type(self).update_usage is VectorQuantizer.update_usage
+        )
 
     @torch.no_grad()
     def update_usage(self, min_enc: Tensor) -> None:
         """Adds 1 to the usage of a code for each row of the first axis of ``min_enc`` (B, ...) that has it."""
-        rows = min_enc.reshape(len(min_enc) if min_enc.ndim else 1, -1)
-        appears = self.usage.new_zeros(rows.shape[0], self.num_latents).scatter_(1, rows, 1.0)
-        self.usage += appears.sum(0)
+        count_groups(min_enc, self.usage)
 
     @torch.no_grad()
     def random_restart(self) -> None:

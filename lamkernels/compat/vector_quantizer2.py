@@ -93,6 +93,8 @@ class VectorQuantizer2Family(Compat):
     def _as_computed(self, z: Tensor) -> Tensor:
         """Half precision rows become those of an fp32 codebook, as in upstream's arithmetic, under autocast as well."""
         dtype = self.embedding.weight.dtype
+        if z.dtype == dtype and z.shape[-1:] == (self.e_dim,):
+            return z
         if z.numel() % self.e_dim:
             raise ValueError(f"z has shape {tuple(z.shape)}; its entries must make rows of e_dim = {self.e_dim}")
         return z if z.dtype == dtype else z.to(torch.promote_types(z.dtype, dtype))
@@ -100,7 +102,7 @@ class VectorQuantizer2Family(Compat):
     def _quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z as quantised rows in its shape, the weighted loss () and the indices (N,) int64."""
         quantized, indices, loss = quantize_with_loss(z, self.embedding.weight, *self._weights, whole_rows=True)
-        return quantized, loss if loss.dtype == z.dtype else loss.to(z.dtype), indices.reshape(-1)
+        return quantized, loss if loss.dtype == z.dtype else loss.to(z.dtype), indices
 
     @property
     def _weights(self) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from lamkernels.labelling.pairs import SHARD_ROWS
 from lamkernels.labelling.run import label
 from lamkernels.labelling.shards import FORMATS
 from lamkernels.lam.files import load_tensors
-from lamkernels.lam.processes import process_group
+from lamkernels.processes import process_group
 from lamkernels.validation import METRICS, PRECISIONS
 
 

@@ -41,8 +41,8 @@ from lamkernels.labelling.shards import (
     write_shard,
 )
 from lamkernels.lam.files import write_text
-from lamkernels.lam.processes import PATIENCE
 from lamkernels.lam.sources import Source, expanded
+from lamkernels.processes import PATIENCE
 from lamkernels.validation import Metric, Precision, check_integer, check_option
 
 SCHEMA = "lamkernels label 1"

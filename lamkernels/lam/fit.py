@@ -23,8 +23,8 @@ from lamkernels.lam import fit_figures
 from lamkernels.lam.files import load_tensors, replacing, save_tensors, write_text
 from lamkernels.lam.fit_report import measure, summary
 from lamkernels.lam.linear import LinearLAM
-from lamkernels.lam.processes import process_group
 from lamkernels.lam.sources import Batch, Source, expanded
+from lamkernels.processes import process_group
 from lamkernels.validation import check_integer, check_number, check_weight
 
 SEGMENT = 256  # rows that go to one process and to one side of the split; no pair crosses the border of two segments

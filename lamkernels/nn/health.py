@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from lamkernels.nn.processes import Processes, world_size
+from lamkernels.processes import Processes, world_size
 from lamkernels.validation import check_integer
 
 if TYPE_CHECKING:

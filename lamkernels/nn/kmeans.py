@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lamkernels.functional import code_statistics
-from lamkernels.nn.processes import Processes
+from lamkernels.processes import Processes
 from lamkernels.validation import Backend
 
 

@@ -12,8 +12,8 @@ from lamkernels.functional import code_statistics, nearest_code
 from lamkernels.nn.dead_codes import Candidates, believed, own_candidates, uniform
 from lamkernels.nn.health import CodebookHealth
 from lamkernels.nn.kmeans import kmeans
-from lamkernels.nn.processes import Processes
 from lamkernels.ops.cosine import unit_rows
+from lamkernels.processes import Processes
 from lamkernels.validation import Backend, Metric, Precision
 
 if TYPE_CHECKING:

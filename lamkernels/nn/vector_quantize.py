@@ -13,9 +13,9 @@ from lamkernels.functional import quantize_with_loss, vector_quantize
 from lamkernels.nn.health import CodebookHealth
 from lamkernels.nn.indices import module_indices
 from lamkernels.nn.learned_codebook import LearnedCodebook, read_initialized
-from lamkernels.nn.processes import Processes
-from lamkernels.nn.processes import world_size as _world_size
 from lamkernels.one_call import OneCall, numba_one_call, plan_one_call
+from lamkernels.processes import Processes
+from lamkernels.processes import world_size as _world_size
 from lamkernels.validation import (
     BACKENDS,
     GRADIENTS,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from lamkernels.bench.stock import moto as stock
 from lamkernels.bench.stock import villa_x as stock_villa_x
+from parity import gradients, no_host_sync, swapped, training_run
 from torch import nn
-from upstream_parity import gradients, no_host_sync, swapped, training_run
 
 from lamkernels.compat.moto import VectorQuantizer2
 

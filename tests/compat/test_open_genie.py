@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 from lamkernels.bench.stock import open_genie as stock
+from parity import gradients, no_host_sync, swapped, training_run
 from torch import nn
-from upstream_parity import gradients, no_host_sync, swapped, training_run
 
 from lamkernels.compat.open_genie import LookupFreeQuantization
 

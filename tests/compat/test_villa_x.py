@@ -7,8 +7,8 @@ import pytest
 import torch
 from lamkernels.bench.stock import moto as stock_moto
 from lamkernels.bench.stock import villa_x as stock
+from parity import gradients, no_host_sync, swapped, training_run
 from torch import nn
-from upstream_parity import gradients, no_host_sync, swapped, training_run
 
 from lamkernels.compat.villa_x import VectorQuantizer2
 

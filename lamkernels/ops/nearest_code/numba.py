@@ -293,9 +293,40 @@ def rows_of_block(a, head, start, stop, staging, stored):
     dim = a[10]
     if a[19] == 0:
         return elements(a[2], head * a[3] + start * a[4], (stop - start - 1) * a[4] + dim, stored), a[4]
-    for n in range(start, stop):
-        row_of(a, 19, head, n, 0, dim, staging[(n - start) * dim : (n - start + 1) * dim], stored)
+    gather_rows(a, 19, head, start, stop, staging, stored)
     return staging, dim
+
+
+@njit(**FLAGS)
+def gather_rows(a, groups, head, start, stop, staging, stored):
+    """The rows [start, stop) of a head, which lie in groups, into ``staging``; ``groups`` as for :func:`row_of`."""
+    dim, row, size, group_stride, entry = a[10], a[4], a[groups], a[groups + 1], a[groups + 2]
+    group, within, n = start // size, start % size, start
+    while n < stop:
+        count = min(size - within, stop - n)
+        first = head * a[3] + group * group_stride + within * row
+        source = elements(a[2], first, (count - 1) * row + (dim - 1) * entry + 1, stored)
+        gathered = staging[(n - start) * dim : (n - start + count) * dim]
+        for i in range(count):
+            for d in range(dim):
+                gathered[i * dim + d] = source[i * row + d * entry]
+        group, within, n = group + 1, 0, n + count
+
+
+@njit(**FLAGS)
+def spread_rows(a, address, head, start, stop, rows, stored):
+    """Writes the rows [start, stop) of a head to where those of a tensor laid out as x are, from their address on."""
+    dim, row, size, group_stride, entry = a[10], a[4], a[19], a[20], a[21]
+    group, within, n = start // size, start % size, start
+    while n < stop:
+        count = min(size - within, stop - n)
+        first = head * a[3] + group * group_stride + within * row
+        target = elements(address, first, (count - 1) * row + (dim - 1) * entry + 1, stored)
+        spread = rows[(n - start) * dim : (n - start + count) * dim]
+        for i in range(count):
+            for d in range(dim):
+                target[i * row + d * entry] = spread[i * dim + d]
+        group, within, n = group + 1, 0, n + count
 
 
 @njit(**FLAGS)

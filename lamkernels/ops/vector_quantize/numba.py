@@ -14,7 +14,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from lamkernels.ops.code_statistics.numba import sum_rows
-from lamkernels.ops.constants import COSINE_EPS, NOISE_EPS, ROTATION_EPS
+from lamkernels.ops.constants import NOISE_EPS
 from lamkernels.ops.cosine import unit_rows
 from lamkernels.ops.nearest_code.numba import (
     COSINE,
@@ -27,20 +27,24 @@ from lamkernels.ops.nearest_code.numba import (
     make_scratch,
     make_staging,
     prepare_lookup,
-    row_of,
-    row_strides,
     rows_of_block,
     scan,
     sizes_of,
+    spread_rows,
 )
 from lamkernels.ops.parallel import compiled, empty, launch
 from lamkernels.ops.simd import BITS, at, computed_type, fetch_add, narrow, quantize_rows, stored_type, widen, words
+from lamkernels.ops.vector_quantize.numba_backward import vector_quantize_backward
+
+__all__ = ["vector_quantize", "vector_quantize_backward"]
 
 # The parameters behind those of the lookup: 0 quantized (H, N, D), 1 codebook in x.dtype, 2 its head stride, 3 mask or
 # 0, 4 [NaN, 0] in x.dtype, 5 partial residual sums (tasks, K, D) or 0, 6 partial counts (tasks, K), 7 partial loss and
 # rows (tasks, 2) fp64, 8 counts, 9 sums, 10 residual sums, 11 commitment loss, 12 codebook loss, 13 rows that are in,
-# 14 noise (H, N, D) or 0, 15 codes (H, N, D), with noise
-QUANTIZE = LOOKUP + 16
+# 14 noise (H, N, D) or 0, 15 codes (H, N, D), with noise, 16 x + (quantized − x) (H, N, D) or 0, for which a row that
+# is not in gets the first code, 17 whether quantized is laid out as x, whose rows lie in groups
+QUANTIZE = LOOKUP + 18
+THROUGH, AS_X = LOOKUP + 16, LOOKUP + 17
 STREAMED = 1 << 22  # bytes from which on the output is written past the caches
 MAX_PARTS = 1 << 21  # entries of all partial sums
 MIN_MERGED = 1 << 13  # codes of all chunks that are always merged
@@ -59,6 +63,8 @@ def quantize_chunks(p, stored, computed):
     vector = BITS // (8 * codes.mean.itemsize)  # entries
     large = a[18] * rows * dim * fill.itemsize >= STREAMED
     streamed = large and dim % vector == 0 and (a[LOOKUP] | a[LOOKUP + 15]) % (vector * fill.itemsize) == 0
+    streamed = streamed and a[AS_X] == 0 and a[THROUGH] == 0
+    spread = np.empty(block * dim if a[AS_X] != 0 else 0, fill.dtype)
     finished_last = False
     while True:
         task = fetch_add(a, 0)
@@ -82,13 +88,15 @@ def quantize_chunks(p, stored, computed):
             out = elements(a[17], head * rows + start, count, np.int64(0))
             scan(x, stride, codebook, codes, options, scratch, out)
             begin, size = (head * rows + start) * dim, count * dim
-            quantized = elements(a[LOOKUP], begin, size, stored)
+            quantized = spread[:size] if a[AS_X] != 0 else elements(a[LOOKUP], begin, size, stored)
             chosen = quantized if a[LOOKUP + 14] == 0 else elements(a[LOOKUP + 15], begin, size, stored)
             for n in range(count):
                 if masked and mask[start + n] == 0:
                     out[n] = -1
                     quantized[n * dim : (n + 1) * dim] = fill[1]
                     chosen[n * dim : (n + 1) * dim] = fill[1]
+                elif out[n] < 0 and a[THROUGH] != 0:
+                    quantized[n * dim : (n + 1) * dim] = stored_codes[:dim]
                 elif out[n] < 0:
                     quantized[n * dim : (n + 1) * dim] = fill[0]
                     chosen[n * dim : (n + 1) * dim] = fill[0]
@@ -108,6 +116,13 @@ def quantize_chunks(p, stored, computed):
                     if out[n] >= 0:
                         row, here = x[n * stride : n * stride + dim], slice(n * dim, (n + 1) * dim)
                         _substitute(row, scales[n], codebook[out[n]], noise[here], quantized[here], stored)
+            if a[THROUGH] != 0:
+                through = elements(a[THROUGH], begin, size, stored)
+                for n in range(count):
+                    here = slice(n * dim, (n + 1) * dim)
+                    _pass_through(x[n * stride : n * stride + dim], quantized[here], through[here], stored)
+            if a[AS_X] != 0:
+                spread_rows(a, a[LOOKUP], head, start, start + count, spread, stored)
         part = elements(a[LOOKUP + 7], task * 2, 2, np.float64(0))
         part[0], part[1] = loss[0], inside
         if fetch_add(a, 1) == chunks * a[18] - 1:
@@ -138,6 +153,14 @@ def _substitute(row, scale, code, noise, quantized, stored):
     factor = np.sqrt(residual / length) + NOISE_EPS if length > 0.0 else 0.0
     for d in range(row.shape[0]):
         quantized[d] = narrow(widen(row[d]) * scale + factor * widen(noise[d]), stored)
+
+
+@njit(cache=True, nogil=True)  # reassociated it would be the code
+def _pass_through(row, code, through, stored):
+    """x + (q − x) of one row, each of the two rounded."""
+    for d in range(row.shape[0]):
+        difference = widen(narrow(widen(code[d]) - widen(row[d]), stored))
+        through[d] = narrow(widen(row[d]) + difference, stored)
 
 
 @njit(**FLAGS)
@@ -171,165 +194,8 @@ def _finish(a, head, chunks, computed):
             sums[k * dim + d] = total[k * dim + d] + np.float64(count[k]) * code if count[k] > 0 else 0.0
 
 
-# int64 parameters of the backward: 2 x, 3 head stride, 4 row stride, 5 codes (H, N, D), 6 indices (H, N),
-# 7 gradient of quantized or 0, 8 N, 9 K, 10 D, 11 to 13 its strides, 14 gradient of the commitment loss (H,), 15 of the
-# codebook loss (H,), 16 rows that are in (H,), 17 residual sums, 18 gradient of x, 19 of the codebook, 20 H, 21 chunk,
-# 22 noise (H, N, D) or 0, 23 what the noise sends to the codes, negated (H, N, D), 24 cosine, 25 rotation,
-# 26 to 28 groups of rows of x, as 19 to 21 of the lookup
-BACKWARD = 29
-BACKWARD_CHUNK = 1 << 16  # entries of x in a task
-
-
-@njit(**FLAGS)
-def _backward_chunks(p, stored, computed):
-    a = carray(p, (BACKWARD,))
-    rows, num_codes, dim, chunk = a[8], a[9], a[10], a[21]
-    chunks = (rows + chunk - 1) // chunk + 1  # the last one is the codebook's
-    general = a[22] != 0 or a[24] != 0 or (a[25] != 0 and a[7] != 0)
-    flat = (
-        not general and a[26] == 0 and a[4] == dim and (a[7] == 0 or (a[12] == dim and a[13] == 1))
-    )  # all rows in one piece
-    scratch, staging = (np.zeros(dim), np.zeros(dim)), np.empty(dim, elements(a[2], 0, 1, stored).dtype)
-    while True:
-        task = fetch_add(a, 0)
-        if task >= chunks * a[20]:
-            return
-        head, first = task // chunks, task % chunks * chunk
-        inside = elements(a[16], head, 1, np.int64(0))[0]
-        scale = 2.0 / (np.float64(max(inside, 1)) * np.float64(dim))
-        if task % chunks == chunks - 1:
-            weight = -scale * elements(a[15], head, 1, computed)[0]
-            residual_sums = elements(a[17], head * num_codes * dim, num_codes * dim, computed)
-            grad_codebook = elements(a[19], head * num_codes * dim, num_codes * dim, computed)
-            for i in range(num_codes * dim):
-                grad_codebook[i] = weight * residual_sums[i]
-            continue
-        weight = narrow(scale * elements(a[14], head, 1, computed)[0], computed)
-        indices = elements(a[6], head * rows, rows, np.int64(0))
-        stop = min(first + chunk, rows)
-        if flat:
-            least = indices[first]
-            for n in range(first, stop):
-                least = min(least, indices[n])
-            if least >= 0:  # all rows in one piece
-                _straight_through(a, _row(a, head, first, (stop - first) * dim, staging, stored), weight, stored)
-                continue
-        for n in range(first, stop):
-            row = _row(a, head, n, dim, staging, stored)
-            if indices[n] < 0:
-                row[3][:] = 0
-            elif general:
-                _general_row(a, (head * rows + n) * dim, row, weight, scratch, stored, computed)
-            else:
-                _straight_through(a, row, weight, stored)
-
-
-@njit(**FLAGS)
-def _straight_through(a, row, weight, stored):
-    """The gradient of the entries of one row, or of many that lie behind one another, in one loop to vectorise."""
-    x, codes, grad, grad_x = row
-    if a[7] == 0:
-        for d in range(x.shape[0]):
-            grad_x[d] = narrow(weight * (widen(x[d]) - widen(codes[d])), stored)
-    elif a[13] == 1:
-        for d in range(x.shape[0]):
-            grad_x[d] = narrow(widen(grad[d]) + weight * (widen(x[d]) - widen(codes[d])), stored)
-    else:  # an expanded gradient, as sum() sends it
-        same = widen(grad[0])
-        for d in range(x.shape[0]):
-            grad_x[d] = narrow(same + weight * (widen(x[d]) - widen(codes[d])), stored)
-
-
-@njit(**FLAGS)
-def _row(a, head, n, size, staging, stored):
-    """``size`` entries from row n of a head on: of x, its codes, the gradient of quantized, and the gradient of x.
-
-    Arrays of their own: in one of the whole head an index might be negative for all the compiler knows, and no loop
-    over it is vectorised.
-    """
-    at = (head * a[8] + n) * a[10]
-    return (
-        row_of(a, 26, head, n, 0, size, staging, stored),
-        elements(a[5], at, size, stored),
-        elements(a[7], head * a[11] + n * a[12], (size - 1) * a[13] + 1, stored),
-        elements(a[18], at, size, stored),
-    )
-
-
-@njit(**FLAGS)
-def _general_row(a, at, entries, weight, scratch, stored, computed):
-    """The gradient of one row under the rotation trick, noise substitution or the cosine, in fp64."""
-    (x, codes, grad, grad_x), (row, g) = entries, scratch
-    dim = row.shape[0]
-    cosine, rotation, noisy = a[24] != 0, a[25] != 0, a[22] != 0
-    inverse = inverse_norm(x) if cosine else 1.0
-    for d in range(dim):
-        row[d] = np.float64(widen(x[d])) * inverse
-        g[d] = 0.0
-    if a[7] != 0:
-        for d in range(dim):
-            g[d] = widen(grad[d * a[13]])
-        if rotation:
-            _rotate(row, codes, g)
-        elif noisy:
-            _pull(row, codes, elements(a[22], at, dim, stored), g, elements(a[23], at, dim, computed))
-    along = 0.0
-    for d in range(dim):
-        g[d] += weight * (row[d] - widen(codes[d]))
-        along += g[d] * row[d]
-    if not cosine or inverse == 1.0 / COSINE_EPS:  # a clamped norm is a constant
-        along = 0.0
-    for d in range(dim):
-        grad_x[d] = narrow((g[d] - along * row[d]) * inverse, stored)
-
-
-@njit(**FLAGS)
-def _rotate(row, codes, g):
-    """g ← s(g − 2(g·w)w + 2(g·q̂)u), in place."""
-    dim = row.shape[0]
-    length, target = 0.0, 0.0
-    for d in range(dim):
-        length += row[d] * row[d]
-        target += np.float64(widen(codes[d])) ** 2
-    norm = np.sqrt(target)
-    to_unit, target_to_unit = 1.0 / max(np.sqrt(length), ROTATION_EPS), 1.0 / max(norm, ROTATION_EPS)
-    both, along_both, along_target = 0.0, 0.0, 0.0
-    for d in range(dim):
-        towards = widen(codes[d]) * target_to_unit
-        w = row[d] * to_unit + towards
-        both += w * w
-        along_both += g[d] * w
-        along_target += g[d] * towards
-    along_both /= max(np.sqrt(both), ROTATION_EPS) ** 2
-    for d in range(dim):
-        u, towards = row[d] * to_unit, widen(codes[d]) * target_to_unit
-        g[d] = norm * to_unit * (g[d] - 2.0 * along_both * (u + towards) + 2.0 * along_target * u)
-
-
-@njit(**FLAGS)
-def _pull(row, codes, noise, g, pull):
-    """NSVQ: g ← g + a(x − c)/r, in place; the second part is kept for the code."""
-    dim = row.shape[0]
-    along, length, distance = 0.0, 0.0, 0.0
-    for d in range(dim):
-        along += g[d] * widen(noise[d])
-        length += np.float64(widen(noise[d])) ** 2
-        distance += (row[d] - widen(codes[d])) ** 2
-    size = np.sqrt(length) * np.sqrt(distance)
-    factor = along / size if size > 0.0 else 0.0
-    for d in range(dim):
-        part = factor * (row[d] - widen(codes[d]))
-        pull[d] = part
-        g[d] += part
-
-
 def _quantize(p):
     quantize_chunks(words(p), stored_type(p), computed_type(p))
-
-
-def backward(p):
-    """The kernel of the backward."""
-    _backward_chunks(words(p), stored_type(p), computed_type(p))
 
 
 @functools.cache
@@ -382,6 +248,8 @@ def vector_quantize(
         num_rows.data_ptr(),
         0 if noise is None else noise.data_ptr(),
         codes.data_ptr(),
+        0,
+        False,
     ]
     launch(compiled(_quantize, x.dtype), parameters, lookup.tasks, lookup.work)
     if not summing:
@@ -394,55 +262,3 @@ def sums_by_chunk(heads: int, rows: int, num_codes: int, dim: int, itemsize: int
     """Whether every chunk sums by itself: where merging costs less than a pass of its own, in a few MiB."""
     chunks = heads * sizes_of(rows, num_codes, dim, itemsize, True).chunks
     return 0 < chunks * num_codes * dim <= MAX_PARTS and 2 * chunks * num_codes <= max(heads * rows, MIN_MERGED)
-
-
-def vector_quantize_backward(
-    x: Tensor, codes: Tensor, indices: Tensor, residual_sums: Tensor, num_rows: Tensor, noise: Tensor | None,
-    grad_quantized: Tensor | None, grad_commitment: Tensor, grad_codebook_loss: Tensor, metric: str, gradient: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One pass over the rows and one over the residual sums; see the reference for the formulas."""
-    (heads, rows, dim), num_codes, strides = codes.shape, residual_sums.shape[1], row_strides(x)
-    codes, indices, residual_sums = codes.contiguous(), indices.contiguous(), residual_sums.contiguous()
-    grad_commitment, grad_codebook_loss = grad_commitment.contiguous(), grad_codebook_loss.contiguous()
-    num_rows = num_rows.contiguous()
-    if grad_quantized is not None and grad_quantized.stride(-1) not in (0, 1):
-        grad_quantized = grad_quantized.contiguous()
-    noise = None if noise is None or grad_quantized is None else noise.contiguous()
-    grad_x = empty(x.shape, x.dtype)
-    grad_codebook = torch.empty_like(residual_sums)
-    pull = None if noise is None else empty((heads, rows, dim), residual_sums.dtype)
-    chunk = max(1, BACKWARD_CHUNK // dim)
-    parameters = [
-        x.data_ptr(),
-        strides.head,
-        strides.row,
-        codes.data_ptr(),
-        indices.data_ptr(),
-        0 if grad_quantized is None else grad_quantized.data_ptr(),
-        rows,
-        num_codes,
-        dim,
-        *((0, 0, 0) if grad_quantized is None else grad_quantized.stride()),
-        grad_commitment.data_ptr(),
-        grad_codebook_loss.data_ptr(),
-        num_rows.data_ptr(),
-        residual_sums.data_ptr(),
-        grad_x.data_ptr(),
-        grad_codebook.data_ptr(),
-        heads,
-        chunk,
-        0 if noise is None else noise.data_ptr(),
-        0 if pull is None else pull.data_ptr(),
-        metric == "cosine",
-        gradient == "rotation",
-        strides.group,
-        strides.group_stride,
-        strides.entry,
-    ]
-    tasks = heads * (-(-rows // chunk) + 1)
-    launch(compiled(backward, x.dtype), parameters, tasks, 4 * heads * rows * dim)
-    if pull is not None:
-        pulls = torch.empty_like(residual_sums)
-        sum_rows(pull, indices, None, num_rows.new_empty((heads, num_codes)), pulls, None)
-        grad_codebook -= pulls
-    return grad_x, grad_codebook

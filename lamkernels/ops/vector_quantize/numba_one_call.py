@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from lamkernels.ops.code_statistics.numba import sum_rows
 from lamkernels.ops.nearest_code.numba import LOOKUP, row_strides
 from lamkernels.ops.parallel import HUGE, MIN_WORK_PER_THREAD, empty, run
 from lamkernels.ops.vector_quantize.numba import QUANTIZE
-from lamkernels.ops.vector_quantize.numba_plan import BackwardArray, ForwardArray, Plan, plan
+from lamkernels.ops.vector_quantize.numba_plan import AVERAGES, LOSS_WEIGHT, BackwardArray, ForwardArray, Plan, plan
 from lamkernels.ops.vector_quantize.op import vector_quantize_backward
 
 __all__ = ["plan", "quantize", "row_strides", "train_step", "weighted_step"]
@@ -53,9 +54,9 @@ Extras = tuple[Tensor | None, Tensor | None, Tensor | None]
 NO_STATISTICS: Extras = (None, None, None)
 
 
-def _forward(
-    x: Tensor, codebook: Tensor, plan: Plan, extras: Extras, statistics: Extras,
-    averages: tuple[Tensor, Tensor] | None,
+def forward(
+    x: Tensor, codebook: Tensor, plan: Plan, extras: Extras, statistics: Extras, settings: Mapping[int, int],
+    loss_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int]:  # fmt: skip
     """Runs the plan.
 
@@ -65,14 +66,15 @@ def _forward(
         plan: for these.
         extras: the rows of x in place where x is not contiguous, mask, noise; None for what a call has not.
         statistics: where counts, sums and residual sums go; None for one that nobody wants.
-        averages: cluster sizes and code sums, to be updated with the codebook.
+        settings: parameters that this call has beyond the plan, by their place.
+        loss_weight: what the first loss is multiplied by.
 
     Returns:
         quantized, indices, the two losses (the second with the counts), the codes where they are not ``quantized``, and
         how many rows are in.
     """
     (rows, mask, noise), stored = extras, x.dtype
-    quantized = _empty_like(x)
+    quantized = empty_as(x)
     indices = quantized.new_empty(plan.leading, dtype=torch.int64)
     loss = codebook.new_empty(())
     stored_codes = codebook if stored == codebook.dtype else codebook.to(stored)
@@ -85,24 +87,24 @@ def _forward(
     if mask is not None:
         array[LOOKUP + 3] = mask.data_ptr()
     if noise is not None:
-        codes = _empty_like(x)
+        codes = empty_as(x)
         array[LOOKUP + 14], array[LOOKUP + 15] = noise.data_ptr(), codes.data_ptr()
     array[QUANTIZE] = array[QUANTIZE + 1] = loss.data_ptr()
     array[QUANTIZE + 3] = base
-    array[LOOKUP + 8], array[LOOKUP + 9], array[LOOKUP + 10] = (
-        base + offset if wanted is None else wanted.data_ptr()
-        for wanted, offset in zip(statistics, plan.statistics, strict=True)
-    )
-    if statistics[0] is not None:
+    counts, sums, residual_sums = statistics
+    at_counts, at_sums, at_residual_sums = plan.statistics
+    array[LOOKUP + 8] = base + at_counts if counts is None else counts.data_ptr()
+    array[LOOKUP + 9] = base + at_sums if sums is None else sums.data_ptr()
+    array[LOOKUP + 10] = base + at_residual_sums if residual_sums is None else residual_sums.data_ptr()
+    if counts is not None:
         codebook_loss = codebook.new_empty(())
         array[QUANTIZE + 1] = codebook_loss.data_ptr()
-    if averages is not None:
-        sizes, code_sums = averages
-        array[QUANTIZE + 6], array[QUANTIZE + 7], array[QUANTIZE + 8] = (
-            sizes.data_ptr(), code_sums.data_ptr(), codebook.data_ptr(),
-        )  # fmt: skip
+    for place, value in settings.items():
+        array[place] = value
+    if loss_weight != 1:
+        ctypes.c_double.from_buffer(array, 8 * LOSS_WEIGHT).value = loss_weight
     address = ctypes.addressof(array)
-    if plan.work >= MIN_WORK_PER_THREAD:
+    if plan.tasks > 1 and plan.work >= MIN_WORK_PER_THREAD:
         array[QUANTIZE + 5] = 0
         plan.call(address)
         array[QUANTIZE + 4], array[QUANTIZE + 5] = 0, 1
@@ -113,14 +115,25 @@ def _forward(
     return quantized, indices, loss, codebook_loss, codes, array[QUANTIZE + 2]
 
 
-def _empty_like(x: Tensor) -> Tensor:
+def visible_indices(indices: Tensor, rows_in: int) -> Tensor:
+    """As a module returns them: 0 for the rows that are not in."""
+    return indices if rows_in == indices.numel() else indices.clamp(min=0)
+
+
+def averages_in(sizes: Tensor, code_sums: Tensor, codebook: Tensor) -> dict[int, int]:
+    """The settings of an EMA update."""
+    buffers = sizes, code_sums, codebook
+    return {AVERAGES + i: buffer.data_ptr() for i, buffer in enumerate(buffers)}
+
+
+def empty_as(x: Tensor) -> Tensor:
     return empty(x.shape, x.dtype) if x.nbytes >= HUGE else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def quantize(x: Tensor, codebook: Tensor, plan: Plan, extras: Extras) -> tuple[Tensor, ...]:
     """quantized, indices, both losses, counts and sums, as :func:`lamkernels.vector_quantize` returns them."""
     if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
-        return _apply(Quantize, x, codebook, plan, *extras)  # type: ignore[no-any-return]
+        return apply(Quantize, x, codebook, plan, *extras)  # type: ignore[no-any-return]
     return _quantize(x, codebook, plan, extras)[0]
 
 
@@ -129,7 +142,7 @@ def train_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """quantized, indices (0 where a row is not finite) and commitment loss; updates the three EMA buffers in place."""
     if x.requires_grad and torch.is_grad_enabled():
-        return _apply(TrainStep, x, codebook, sizes, code_sums, plan, rows)  # type: ignore[no-any-return]
+        return apply(TrainStep, x, codebook, sizes, code_sums, plan, rows)  # type: ignore[no-any-return]
     return _train_step(x, codebook, sizes, code_sums, plan, rows)[0]
 
 
@@ -141,11 +154,11 @@ def weighted_step(
     x is contiguous, of any shape whose entries are those of the planned rows, or has them in ``rows``.
     """
     if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
-        return _apply(WeightedStep, x, codebook, plan, rows, weights)  # type: ignore[no-any-return]
+        return apply(WeightedStep, x, codebook, plan, rows, weights)  # type: ignore[no-any-return]
     return _weighted_step(x, codebook, plan, rows, weights)[0]
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply`` without its search for function transforms, of which there are none here: see `is_plain`."""
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
@@ -153,8 +166,8 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 def _quantize(x: Tensor, codebook: Tensor, plan: Plan, extras: Extras) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     counts = codebook.new_empty(codebook.shape[:-1], dtype=torch.int64)
     sums, residual_sums = torch.empty_like(codebook), torch.empty_like(codebook)
-    quantized, indices, loss, codebook_loss, codes, rows_in = _forward(
-        x, codebook, plan, extras, (counts, sums, residual_sums), None
+    quantized, indices, loss, codebook_loss, codes, rows_in = forward(
+        x, codebook, plan, extras, (counts, sums, residual_sums), {}
     )
     assert codebook_loss is not None
     return (quantized, indices, loss, codebook_loss, counts, sums), (residual_sums, codes, rows_in)
@@ -163,12 +176,11 @@ def _quantize(x: Tensor, codebook: Tensor, plan: Plan, extras: Extras) -> tuple[
 def _train_step(
     x: Tensor, codebook: Tensor, sizes: Tensor, code_sums: Tensor, plan: Plan, rows: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, int]:
-    quantized, indices, loss, _, _, rows_in = _forward(
-        x, codebook, plan, (rows, None, None), NO_STATISTICS, (sizes, code_sums)
-    )
+    averages = averages_in(sizes, code_sums, codebook)
+    quantized, indices, loss, _, _, rows_in = forward(x, codebook, plan, (rows, None, None), NO_STATISTICS, averages)
     if not codebook.is_inference():
         torch.autograd.graph.increment_version((codebook, sizes, code_sums))  # autograd notices the update by it
-    visible = indices if rows_in == indices.numel() else indices.clamp(min=0)
+    visible = visible_indices(indices, rows_in)
     return (quantized, visible, loss), indices, rows_in
 
 
@@ -176,11 +188,11 @@ def _weighted_step(
     x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, weights: tuple[float, float]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, int]]:
     residual_sums = torch.empty_like(codebook)
-    quantized, indices, loss, _, _, rows_in = _forward(
-        x, codebook, plan, (rows, None, None), (None, None, residual_sums), None
+    quantized, indices, loss, _, _, rows_in = forward(
+        x, codebook, plan, (rows, None, None), (None, None, residual_sums), {}, weights[0] + weights[1]
     )
-    visible = indices if rows_in == indices.numel() else indices.clamp(min=0)
-    return (quantized, visible, loss.mul_(sum(weights))), (indices, residual_sums, rows_in)
+    visible = visible_indices(indices, rows_in)
+    return (quantized, visible, loss), (indices, residual_sums, rows_in)
 
 
 class Quantize(torch.autograd.Function):
@@ -207,7 +219,7 @@ class Quantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return *_gradient(ctx, grads[0], grads[2], grads[3]), None, None, None, None
+        return *gradient(ctx, grads[0], grads[2], grads[3]), None, None, None, None
 
 
 class WeightedStep(torch.autograd.Function):
@@ -227,10 +239,7 @@ class WeightedStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_quantized: Tensor | None, _: None, grad_loss: Tensor | None) -> Any:
-        on_rows, on_codes = (
-            grad_loss if grad_loss is None or weight == 1 else grad_loss * weight for weight in ctx.weights
-        )
-        return *_gradient(ctx, grad_quantized, on_rows, on_codes), None, None, None
+        return *gradient(ctx, grad_quantized, grad_loss, grad_loss, ctx.weights), None, None, None
 
 
 class TrainStep(torch.autograd.Function):
@@ -250,34 +259,34 @@ class TrainStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_quantized: Tensor | None, _: None, grad_loss: Tensor | None) -> Any:
-        return _gradient(ctx, grad_quantized, grad_loss, None)[0], None, None, None, None, None
+        return gradient(ctx, grad_quantized, grad_loss, None)[0], None, None, None, None, None
 
 
-def _gradient(
-    ctx: Any, grad_quantized: Tensor | None, grad_commitment: Tensor | None, grad_codebook_loss: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of x and of the codebook."""
-    grads = grad_quantized, grad_commitment, grad_codebook_loss
-    given = [grad for grad in grads if grad is not None]
-    saved = ctx.saved_tensors
-    # the operator refuses second derivatives, and has a batching rule
-    plain = not torch.is_grad_enabled() and is_plain(*given) and all(map(_has_memory, given))
-    run = _in_one_call if plain and _lie_as_planned(ctx.plan, *saved) else _by_operator
-    return run(ctx, saved, *grads)
+def gradient(
+    ctx: Any, grad_quantized: Tensor | None, grad_commitment: Tensor | None, grad_codebook_loss: Tensor | None,
+    weights: tuple[float, float] = (1.0, 1.0),
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Of x and of the codebook; ``weights`` of the two losses."""
+    grads, saved = (grad_quantized, grad_commitment, grad_codebook_loss), ctx.saved_tensors
+    if is_ordinary(*grads) and _lie_as_planned(ctx.plan, *saved):
+        return _in_one_call(ctx, saved, *grads, weights)
+    losses = (
+        grad if grad is None or weight == 1 else grad * weight for grad, weight in zip(grads[1:], weights, strict=True)
+    )
+    return _by_operator(ctx, saved, grad_quantized, *losses)
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    """A batch of gradients under vmap has none."""
-    try:
-        return tensor.data_ptr() is not None
-    except RuntimeError:
-        return False
+def is_ordinary(*grads: Tensor | None) -> bool:
+    """Not where the operator is needed: it refuses second derivatives, and has a batching rule."""
+    return not torch.is_grad_enabled() and is_plain(*[grad for grad in grads if grad is not None])
 
 
 def _lie_as_planned(plan: Plan, x: Tensor, rows: Tensor | None, *others: Tensor | None) -> bool:
     """Whether what was saved came back in the layout that it had: hooks on saved tensors may copy."""
-    placed = x.is_contiguous() if rows is None else row_strides(rows) == plan.strides
-    return placed and all(other is None or other.is_contiguous() for other in others)
+    for other in others:
+        if other is not None and not other.is_contiguous():
+            return False
+    return x.is_contiguous() if rows is None else row_strides(rows) == plan.strides
 
 
 ZERO = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
@@ -309,31 +318,46 @@ def _in_one_call(
     grad_quantized: Tensor | None,
     grad_commitment: Tensor | None,
     grad_codebook_loss: Tensor | None,
+    weights: tuple[float, float],
 ) -> tuple[Tensor, Tensor | None]:
     x, rows, codes, indices, residual_sums, noise = saved
     plan, dim = ctx.plan, ctx.plan.dim
-    grad_x, grad_codebook, pull = _empty_like(x), None, None
+    grad_x, grad_codebook, pull = empty_as(x), None, None
     array = BackwardArray.from_buffer_copy(plan.backward)
     array[2], array[5], array[6] = (x if rows is None else rows).data_ptr(), codes.data_ptr(), indices.data_ptr()
     if grad_quantized is not None:
-        as_rows = grad_quantized.ndim == 2 and grad_quantized.shape[1] == dim and plan.heads == 1
-        grad = grad_quantized if as_rows else grad_quantized.reshape(plan.heads, -1, dim)
-        if grad.stride(-1) not in (0, 1):
-            grad = grad.contiguous()
+        if grad_quantized.is_contiguous():
+            grad, array[11], array[12], array[13] = grad_quantized, x.numel() // plan.heads, dim, 1
+        else:
+            grad = grad_quantized.reshape(plan.heads, -1, dim)
+            if grad.stride(-1) not in (0, 1):
+                grad = grad.contiguous()
+            array[11], array[12], array[13] = grad.stride()
         array[7] = grad.data_ptr()
-        *head_stride, array[12], array[13] = grad.stride()
-        array[11] = head_stride[0] if head_stride else 0
         if noise is not None:
-            pull = torch.empty(indices.numel(), dim, dtype=ctx.computed, device="cpu")
-            array[22], array[23] = noise.data_ptr(), pull.data_ptr()
-    on_rows, on_codes = (_of_heads(grad, plan.heads, ctx.computed) for grad in (grad_commitment, grad_codebook_loss))
+            array[22] = noise.data_ptr()
+            if residual_sums is None or not ctx.needs_input_grad[1] or not plan.pulls:
+                pull = torch.empty(indices.numel(), dim, dtype=ctx.computed, device="cpu")
+                array[23] = pull.data_ptr()
+    on_rows = _of_heads(grad_commitment, plan.heads, ctx.computed)
+    on_codes = on_rows
+    if grad_codebook_loss is not grad_commitment:
+        on_codes = _of_heads(grad_codebook_loss, plan.heads, ctx.computed)
     array[14], array[15] = on_rows.data_ptr(), on_codes.data_ptr()
-    rows_in = (ctypes.c_int64 * plan.heads)(*[ctx.rows_in] * plan.heads)
+    if weights != (1.0, 1.0):
+        (ctypes.c_double * 2).from_buffer(array, 8 * 29)[:] = [*weights]
+    rows_in: Any = ctypes.c_int64(ctx.rows_in)
+    if plan.heads > 1:
+        rows_in = (ctypes.c_int64 * plan.heads)(*[ctx.rows_in] * plan.heads)
     array[16], array[18] = ctypes.addressof(rows_in), grad_x.data_ptr()
     if residual_sums is not None and ctx.needs_input_grad[1]:
         grad_codebook = torch.empty_like(residual_sums)
         array[9], array[17], array[19] = residual_sums.shape[-2], residual_sums.data_ptr(), grad_codebook.data_ptr()
-    run(plan.kernel_backward, ctypes.addressof(array), plan.backward_tasks, 4 * x.numel())
+    work = 4 * x.numel()
+    if work < MIN_WORK_PER_THREAD:
+        plan.call_backward(ctypes.addressof(array))
+    else:
+        run(plan.kernel_backward, ctypes.addressof(array), plan.backward_tasks, work)
     if pull is not None and grad_codebook is not None:
         pulls = grad_codebook.new_empty(plan.heads, *grad_codebook.shape[-2:])
         counts = indices.new_empty(pulls.shape[:2])

@@ -23,22 +23,20 @@ from lamkernels.ops.nearest_code.numba import (
 )
 from lamkernels.ops.parallel import compiled, entry
 from lamkernels.ops.simd import computed_type, stored_type, words
-from lamkernels.ops.vector_quantize.numba import (
-    BACKWARD,
-    BACKWARD_CHUNK,
-    QUANTIZE,
-    backward,
-    nan_and_zero,
-    quantize_chunks,
-    sums_by_chunk,
-)
+from lamkernels.ops.vector_quantize.numba import QUANTIZE, nan_and_zero, quantize_chunks, sums_by_chunk
+from lamkernels.ops.vector_quantize.numba_backward import BACKWARD, BACKWARD_CHUNK, ONE, backward, pulls_in_task
 from lamkernels.validation import GRADIENTS, PRECISIONS
 
 # The parameters behind those of the quantisation: 0 and 1 the two losses over all heads, 2 how many rows are in, 3 the
 # address of the scratch, to which the elements in SCRATCH are relative, 4 whether this call prepares and 5 whether it
-# does the rest. For an EMA update, of one head: 6 cluster sizes (K,) or 0, 7 code sums (K, D), 8 codebook (K, D), all
-# in the computed type, 9 and 10 the bits of the decay and of ε as fp64
-ONE_CALL = QUANTIZE + 11
+# does the rest. For an EMA update: 6 cluster sizes (H, K) or 0, 7 code sums (H, K, D), 8 codebook (H, K, D), all in the
+# computed type, 9 and 10 the bits of the decay and of ε as fp64. Then 11 the bits of what the first loss is multiplied
+# by, as fp64, 12 whether the EMA is LAPO's, 13 where the perplexity () of the codes, summed over the heads, goes or 0,
+# 14 for each code of one head an int32 (K,) or 0: +1 where it is chosen, 15 such a number in the computed type or 0: +1
+# for each group of as many rows as 16 says in which the code is chosen
+ONE_CALL = QUANTIZE + 17
+LOSS_WEIGHT, AVERAGES, LAPO_AVERAGES = QUANTIZE + 11, QUANTIZE + 6, QUANTIZE + 12
+PERPLEXITY, CALLS_USED, GROUPS_USED = QUANTIZE + 13, QUANTIZE + 14, QUANTIZE + 15
 SCRATCH = (7, LOOKUP + 5, LOOKUP + 6, LOOKUP + 7, LOOKUP + 11, LOOKUP + 12, LOOKUP + 13)
 
 
@@ -61,11 +59,77 @@ def _one_call(p, stored, computed):
             loss += np.float64(losses[head]) * np.float64(rows_in[head])
             inside += rows_in[head]
         loss /= np.float64(max(inside, 1))
-    elements(a[QUANTIZE], 0, 1, computed)[0] = loss
     elements(a[QUANTIZE + 1], 0, 1, computed)[0] = loss
+    elements(a[QUANTIZE], 0, 1, computed)[0] = loss * a.view(np.float64)[LOSS_WEIGHT]
     a[QUANTIZE + 2] = inside
-    if a[QUANTIZE + 6] != 0 and inside > 0:  # with no row that is in, the averages stay
+    if a[PERPLEXITY] != 0 or a[CALLS_USED] != 0:
+        _measure_use(a, computed)
+    if a[LAPO_AVERAGES] != 0:
+        for head in range(a[18]):
+            _update_lapo_averages(a, head, computed)
+    elif a[AVERAGES] != 0 and inside > 0:  # with no row that is in, the averages stay
         _update_averages(a, computed)
+    if a[GROUPS_USED] != 0:
+        _count_groups(a, computed)
+
+
+@njit(**FLAGS)
+def _measure_use(a, computed):
+    rows, num_codes, total = a[8], a[9], 0.0
+    for head in range(a[18]):
+        counts, entropy = elements(a[LOOKUP + 8], head * num_codes, num_codes, np.int64(0)), 0.0
+        for k in range(num_codes):
+            if counts[k] > 0:
+                share = counts[k] / rows
+                entropy -= share * np.log(share)
+        total += np.exp(entropy)
+    if a[PERPLEXITY] != 0:
+        elements(a[PERPLEXITY], 0, 1, computed)[0] = total
+    if a[CALLS_USED] != 0:
+        counts = elements(a[LOOKUP + 8], 0, num_codes, np.int64(0))
+        used = elements(a[CALLS_USED], 0, num_codes, np.int32(0))
+        for k in range(num_codes):
+            used[k] += counts[k] > 0
+
+
+@njit(**FLAGS)
+def _count_groups(a, computed):
+    """Where a row is not in, its code is the first; the room for counts keeps the group that a code was seen in."""
+    num_codes, size = a[9], a[GROUPS_USED + 1]
+    indices = elements(a[17], 0, a[8], np.int64(0))
+    seen = elements(a[LOOKUP + 8], 0, num_codes, np.int64(0))
+    used = elements(a[GROUPS_USED], 0, num_codes, computed)
+    seen[:] = -1
+    for group in range(a[8] // size):
+        for n in range(group * size, (group + 1) * size):
+            code = max(indices[n], 0)
+            if seen[code] != group:
+                seen[code] = group
+                used[code] += 1
+
+
+@njit(**FLAGS)
+def _update_lapo_averages(a, head, computed):
+    """As in :mod:`lamkernels.compat.lapo`: the smoothed counts are kept."""
+    num_codes, size = a[9], a[9] * a[10]
+    settings = a.view(np.float64)
+    decay, eps = settings[QUANTIZE + 9], settings[QUANTIZE + 10]
+    counts = elements(a[LOOKUP + 8], head * num_codes, num_codes, np.int64(0))
+    sums = elements(a[LOOKUP + 9], head * size, size, computed)
+    sizes = elements(a[AVERAGES], head * num_codes, num_codes, computed)
+    averages = elements(a[AVERAGES + 1], head * size, size, computed)
+    codebook = elements(a[AVERAGES + 2], head * size, size, computed)
+    total = 0.0
+    for k in range(num_codes):
+        sizes[k] = decay * sizes[k] + (1.0 - decay) * counts[k]
+        total += sizes[k]
+    scale = total / (total + num_codes * eps)
+    for k in range(num_codes):
+        sizes[k] = (sizes[k] + eps) * scale
+        inverse = 1.0 / np.float64(sizes[k])
+        for d in range(k * a[10], (k + 1) * a[10]):
+            averages[d] = decay * averages[d] + (1.0 - decay) * sums[d]
+            codebook[d] = averages[d] * inverse
 
 
 @njit(**FLAGS)
@@ -75,9 +139,9 @@ def _update_averages(a, computed):
     new, eps = 1.0 - settings[QUANTIZE + 9], settings[QUANTIZE + 10]
     counts = elements(a[LOOKUP + 8], 0, num_codes, np.int64(0))
     sums = elements(a[LOOKUP + 9], 0, num_codes * dim, computed)
-    sizes = elements(a[QUANTIZE + 6], 0, num_codes, computed)
-    averages = elements(a[QUANTIZE + 7], 0, num_codes * dim, computed)
-    codebook = elements(a[QUANTIZE + 8], 0, num_codes * dim, computed)
+    sizes = elements(a[AVERAGES], 0, num_codes, computed)
+    averages = elements(a[AVERAGES + 1], 0, num_codes * dim, computed)
+    codebook = elements(a[AVERAGES + 2], 0, num_codes * dim, computed)
     total = 0.0
     for k in range(num_codes):
         sizes[k] += new * (counts[k] - sizes[k])
@@ -107,21 +171,23 @@ class Plan(NamedTuple):
     statistics: tuple[int, int, int]  # where in the scratch counts, sums and residual sums are, if nobody wants them
     tasks: int
     work: int
-    kernel: Any  # the compiled forward, it as a function of an address, and the compiled backward
+    kernel: Any  # the compiled forward, it as a function of an address, and so the backward
     call: Callable[[int], None]
     kernel_backward: Any
+    call_backward: Callable[[int], None]
     backward_tasks: int
     strides: Strides | None  # of the rows of x, None where it is contiguous
     leading: torch.Size  # of the indices
     heads: int
     dim: int
+    pulls: bool  # whether the backward sums by itself what noise sends to the codes
     options: tuple[str, str]  # metric and gradient
 
 
 @functools.lru_cache(maxsize=1024)
 def plan(
     shape: torch.Size, strides: Strides | None, stored: torch.dtype, codes: torch.Size, computed: torch.dtype,
-    metric: str, precision: str, gradient: str, averaging: tuple[float, float] | None = None,
+    metric: str, precision: str, gradient: str, averaging: tuple[float, float] | None = None, as_x: bool = False,
 ) -> Plan | None:  # fmt: skip
     """The plan for x (..., D) or (H, ..., D), and a contiguous codebook (K, D) or (H, K, D).
 
@@ -135,6 +201,7 @@ def plan(
         precision: as for the operator.
         gradient: as for the operator.
         averaging: the decay and the ε of an EMA update.
+        as_x: x is contiguous, its rows are not, and ``quantized`` is laid out as x.
 
     Returns:
         None for what the other path refuses or does better: options and shapes that do not fit, half-precision
@@ -168,17 +235,18 @@ def plan(
             0, laid, (0, size), at["codebook"], (rows, num_codes, dim), cut, METRICS[metric], precision, 0, heads
         ),
         0, 0, size, 0, nan_and_zero(stored).data_ptr(), at["partial sums"], at["partial counts"], at["partial losses"],
-        0, 0, 0, at["losses"], at["losses"], at["rows in"], 0, 0,
-        0, 0, 0, 0, 1, 1, 0, 0, 0, *bits,
+        0, 0, 0, at["losses"], at["losses"], at["rows in"], 0, 0, 0, as_x,
+        0, 0, 0, 0, 1, 1, 0, 0, 0, *bits, ONE, 0, 0, 0, 0, 0,
     )  # fmt: skip
     chunk = max(1, BACKWARD_CHUNK // dim)
     backward_array = BackwardArray(
         0, 0, 0, laid.head, laid.row, 0, 0, 0, rows, 0, dim, 0, 0, 0, 0, 0, 0, 0, 0, 0, heads, chunk, 0, 0,
-        metric == "cosine", gradient == "rotation", laid.group, laid.group_stride, laid.entry,
+        metric == "cosine", gradient == "rotation", laid.group, laid.group_stride, laid.entry, ONE, ONE,
     )  # fmt: skip
-    kernel = compiled(_step, stored)
+    kernel, kernel_backward = compiled(_step, stored), compiled(backward, stored)
     return Plan(
         forward, backward_array, scratch, (at["counts"], at["sums"], at["residual sums"]), tasks,
-        heads * rows * num_codes * dim, kernel, entry(kernel), compiled(backward, stored),
-        heads * (-(-rows // chunk) + 1), strides, shape[:-1], heads, dim, (metric, gradient),
+        heads * rows * num_codes * dim, kernel, entry(kernel), kernel_backward, entry(kernel_backward),
+        heads * (-(-rows // chunk) + 1), strides, shape[:-1], heads, dim,
+        pulls_in_task(rows, num_codes, dim, metric), (metric, gradient),
     )  # fmt: skip

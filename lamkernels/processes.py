@@ -1,8 +1,11 @@
-"""What the processes of a training run agree on."""
+"""The processes that share a command's work, and what those of a training run agree on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +13,8 @@ from torch import Tensor, distributed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+PATIENCE = timedelta(days=30)  # of processes that are done for the others: torchrun ends them when one of these fails
 
 
 def world_size(group: ProcessGroup | None = None) -> int:
@@ -56,3 +61,16 @@ class Processes:
         distributed.all_reduce(buffer, group=self.group)
         pieces = torch.split(buffer, [part.numel() for part in parts.values()])
         return {name: piece.view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """The processes of torchrun, where it started this one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    distributed.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,177 @@
+"""Whole steps of drop-in modules as one compiled call each, on the plans of :mod:`numba_one_call`.
+
+What a module does beside the quantisation, counters, perplexity and averages, costs more in torch operators than the
+quantisation itself. Here the kernel does it, while it has the counts at hand.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamkernels.ops.nearest_code.numba import Strides
+from lamkernels.ops.parallel import run
+from lamkernels.ops.vector_quantize.numba import THROUGH
+from lamkernels.ops.vector_quantize.numba_backward import BACKWARD_CHUNK
+from lamkernels.ops.vector_quantize.numba_one_call import (
+    NO_STATISTICS,
+    ZERO,
+    apply,
+    averages_in,
+    empty_as,
+    forward,
+    gradient,
+    is_ordinary,
+    visible_indices,
+)
+from lamkernels.ops.vector_quantize.numba_plan import (
+    CALLS_USED,
+    GROUPS_USED,
+    LAPO_AVERAGES,
+    PERPLEXITY,
+    BackwardArray,
+    Plan,
+    plan,
+)
+
+
+def noise_step(
+    x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, noise: Tensor, used: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`lamkernels.steps.noise_step`."""
+    return apply(NoiseStep, x, codebook, plan, rows, noise, used)  # type: ignore[no-any-return]
+
+
+class NoiseStep(torch.autograd.Function):
+    """x, codebook -> quantized, indices, perplexity; adds to ``used``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, noise: Tensor, used: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        residual_sums, perplexity = torch.empty_like(codebook), codebook.new_empty(())
+        settings = {PERPLEXITY: perplexity.data_ptr(), CALLS_USED: used.data_ptr()}
+        quantized, indices, _, _, codes, ctx.rows_in = forward(
+            x, codebook, plan, (rows, None, noise), (None, None, residual_sums), settings
+        )
+        visible = visible_indices(indices, ctx.rows_in)
+        ctx.plan, ctx.computed = plan, codebook.dtype
+        ctx.mark_non_differentiable(visible, perplexity)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, rows, codes, indices, residual_sums, noise)
+        return quantized, visible, perplexity
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
+        if grad is None:
+            return (None,) * 6
+        return *gradient(ctx, grad, None, None), None, None, None, None
+
+
+def gradient_step(
+    x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, usage: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`lamkernels.steps.gradient_step`."""
+    return apply(GradientStep, x, codebook, plan, rows, usage)  # type: ignore[no-any-return]
+
+
+class GradientStep(torch.autograd.Function):
+    """x, codebook -> x + (codes − x), codes, indices; adds to ``usage``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, usage: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        through = empty_as(x)
+        settings = {THROUGH: through.data_ptr()}
+        if usage is not None:
+            settings |= {GROUPS_USED: usage.data_ptr(), GROUPS_USED + 1: plan.leading[1:].numel()}
+        codes, indices, _, _, _, rows_in = forward(x, codebook, plan, (rows, None, None), NO_STATISTICS, settings)
+        visible = visible_indices(indices, rows_in)
+        ctx.num_codes = codebook.shape[0]
+        ctx.mark_non_differentiable(visible)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(visible)
+        return through, codes, visible
+
+    @staticmethod
+    def backward(ctx: Any, grad_through: Tensor | None, grad_codes: Tensor | None, _: None) -> Any:
+        grad_codebook = None
+        if grad_codes is not None and ctx.needs_input_grad[1]:
+            (indices,) = ctx.saved_tensors
+            grad_codebook = torch.ops.aten.embedding_dense_backward(grad_codes, indices, ctx.num_codes, -1, False)
+        return grad_through, grad_codebook, None, None, None
+
+
+def plan_of_maps(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, num_codes: int, averaging: tuple[float, float]
+) -> Plan | None:
+    """For contiguous maps of (batch, codebooks, D, places) and as many codebooks; quantized is laid out as they are."""
+    batch, books, dim, places = shape
+    strides = Strides(dim * places, 1, places, books * dim * places, places)
+    rows = torch.Size((books, batch, places, dim))
+    codes = torch.Size((books, num_codes, dim))
+    return plan(rows, strides, dtype, codes, dtype, "l2", "default", "ste", averaging, True)
+
+
+def map_step(
+    x: Tensor, codebook: Tensor, averages: tuple[Tensor, Tensor] | None, plan: Plan, commitment: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`lamkernels.steps.map_step`."""
+    return apply(MapStep, x, codebook, averages, plan, commitment)  # type: ignore[no-any-return]
+
+
+class MapStep(torch.autograd.Function):
+    """x -> quantized, weighted commitment loss, perplexity, indices; updates codebook and averages."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codebook: Tensor, averages: tuple[Tensor, Tensor] | None, plan: Plan, commitment: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        perplexity = codebook.new_empty(())
+        settings = {PERPLEXITY: perplexity.data_ptr()}
+        if averages is not None:
+            settings |= averages_in(*averages, codebook)
+            settings[LAPO_AVERAGES] = 1
+        quantized, indices, loss, _, _, rows_in = forward(
+            x, codebook, plan, (None, None, None), NO_STATISTICS, settings, commitment
+        )
+        if averages is not None and not codebook.is_inference():
+            torch.autograd.graph.increment_version((codebook, *averages))  # autograd notices the update by it
+        visible = visible_indices(indices, rows_in)
+        ctx.plan, ctx.commitment = plan, commitment
+        ctx.mark_non_differentiable(perplexity, visible)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, quantized, visible)
+        return quantized, loss, perplexity, visible
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_loss: Tensor | None, *_: None) -> Any:
+        x, quantized, indices = ctx.saved_tensors
+        saved_in_place = x.is_contiguous() and quantized.is_contiguous() and indices.is_contiguous()
+        if grad_loss is None:
+            grad_x = grad
+        elif grad is not None and grad.is_contiguous() and saved_in_place and is_ordinary(grad, grad_loss):
+            grad_x = _pull_to_codes(ctx, x, quantized, indices, grad, grad_loss)
+        else:
+            pull = (x - quantized) * (grad_loss * (2 * ctx.commitment / x.numel()))
+            grad_x = pull if grad is None else grad + pull
+        return grad_x, None, None, None, None
+
+
+def _pull_to_codes(ctx: Any, x: Tensor, quantized: Tensor, indices: Tensor, grad: Tensor, grad_loss: Tensor) -> Tensor:
+    """grad + 2 · commitment · (x − quantized) / numel · grad_loss: entry by entry, so rows of memory will do."""
+    dim = ctx.plan.dim
+    grad_x, rows, chunk = empty_as(x), x.numel() // dim, max(1, BACKWARD_CHUNK // dim)
+    array = BackwardArray.from_buffer_copy(ctx.plan.backward)
+    array[2], array[3], array[4], array[5], array[6] = x.data_ptr(), 0, dim, quantized.data_ptr(), indices.data_ptr()
+    array[7], array[8], array[9], array[11], array[12], array[13] = grad.data_ptr(), rows, 0, 0, dim, 1
+    array[14], array[15] = grad_loss.data_ptr(), ZERO[x.dtype].data_ptr()
+    rows_in = ctypes.c_int64(rows)
+    array[16], array[18], array[20], array[26] = ctypes.addressof(rows_in), grad_x.data_ptr(), 1, 0
+    ctypes.c_double.from_buffer(array, 8 * 29).value = ctx.commitment
+    run(ctx.plan.kernel_backward, ctypes.addressof(array), -(-rows // chunk) + 1, 4 * x.numel())
+    return grad_x
