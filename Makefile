@@ -19,11 +19,11 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 --durations=10
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
 
 # a process of its own: Triton reads the variable when a kernel is defined
 interpreter: $(VENV)/.dev
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/interpreter
 
 # every tile of tuning.py on every target: before a release, or after a change to a Triton kernel
 exhaustive: $(VENV)/.dev

@@ -42,10 +42,12 @@ def check(workload: Workload, inputs: Inputs, result: Mapping[str, Any], *, stri
         workload: what was run.
         inputs: what it was run on.
         result: by name, whichever of these the provider has: indices, quantized, loss, counts, sums, grad_x and
-            codebook (after the update); or xx, xy and yy, covariances.
+            codebook (after the update); or xx, xy and yy, covariances. Nothing is right where nothing is computed.
         strict: hold the results to the numerics contract; otherwise only to a bound that any sane lookup meets.
     """
     x, codebook = inputs.x[0].detach(), inputs.codebook
+    if not result:
+        return Check("")
     if workload.op == "covariance":
         return check_covariances(x, workload.K, result, strict=strict)
     got = {name: torch.as_tensor(value).detach().to(x.device) for name, value in result.items()}

@@ -191,9 +191,10 @@ def _first_call(argv: Sequence[str], path: Path | None) -> int:
 
 def _one_pass(shapes: Iterable[tuple[int, int, int]], seconds: float, argv: Sequence[str], path: Path | None) -> int:
     found = [one_pass.one_pass(shape, seconds) for shape in shapes]
-    print(f"{'ms at (N, K, D)':22}{'lookup':>9}{'forward':>9}{'copy':>9}{'allowed':>9}")
+    print(f"{'ms at (N, K, D)':22}{'lookup':>9}{'forward':>9}{'copy':>9}{'clone':>9}{'allowed':>9}")
     for row in found:
-        print(f"{row.shape!s:22}{row.lookup:9.3f}{row.forward:9.3f}{row.copy:9.3f}{row.allowed:9.3f}")
+        print(f"{row.shape!s:22}{row.lookup:9.3f}{row.forward:9.3f}{row.copy:9.3f}{row.clone:9.3f}{row.allowed:9.3f}")
+    print("copy: into memory that is there already; clone: into new memory, as the output is")
     print("allowed: 1.1 × the lookup from 1024 codes on, else the lookup and 1.2 × the copy of the rows")
     _write(path, argv, {"milliseconds": [row._asdict() | {"allowed": row.allowed} for row in found]})
     return 0

@@ -16,12 +16,13 @@ LARGE_CODEBOOK = 1024  # codes from which on the lookup alone should be nearly a
 
 
 class OnePass(NamedTuple):
-    """Medians in milliseconds; ``copy`` is that of the rows into memory that is there already."""
+    """Medians in milliseconds; ``copy`` is of the rows into memory that is there, ``clone`` into new memory."""
 
     shape: tuple[int, int, int]
     lookup: float
     forward: float
     copy: float
+    clone: float
 
     @property
     def allowed(self) -> float:
@@ -41,6 +42,7 @@ def one_pass(shape: tuple[int, int, int], seconds: float) -> OnePass:
         "lookup": lambda x, _: lk.nearest_code(x, codebook),
         "forward": lambda x, _: lk.vector_quantize(x, codebook),
         "copy": lambda x, target: target.copy_(x),
+        "clone": lambda x, _: x.clone(),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     turn, end = 0, float("inf")
@@ -52,7 +54,7 @@ def one_pass(shape: tuple[int, int, int], seconds: float) -> OnePass:
             times[name].append(1e3 * (time.perf_counter() - start))
             del result
             turn += 1
-        if turn == 6:  # warm
+        if turn == 2 * len(calls):  # warm
             times = {name: [] for name in calls}
             end = time.perf_counter() + 3 * seconds
     return OnePass(shape, *(sorted(taken)[len(taken) // 2] for taken in times.values()))

@@ -37,7 +37,8 @@ class Provider:
 
     Attributes:
         name: what ``--providers`` calls it.
-        kind: "ours", "baseline" (the specification of this package, which is not built for speed) or "peer".
+        kind: "ours", "baseline" (the specification of this package, which is not built for speed), "peer", or "floor":
+            only what the workload itself asks of every provider.
         prepare: by op. The function it returns gives, by name, those outputs that the provider computes.
         package: the distribution that pip installs, and whose version is reported.
         module: the module that has to be there.
@@ -47,7 +48,7 @@ class Provider:
     """
 
     name: str
-    kind: Literal["ours", "baseline", "peer"]
+    kind: Literal["ours", "baseline", "peer", "floor"]
     prepare: Mapping[str, Prepare]
     package: str
     module: str
@@ -59,7 +60,7 @@ class Provider:
         """Why it cannot run here, or ""."""
         if importlib.util.find_spec(self.module) is None:
             return f"{self.module} is not installed; pip install {self.package}"
-        if self.kind != "peer":
+        if self.kind in ("ours", "baseline"):
             backend = self.name.partition("-")[0]
             status = available_backends()[backend]
             if not status.available:
@@ -142,6 +143,19 @@ def _step(module: Callable[[Tensor], Any], inputs: Inputs, codebook: Callable[[]
         quantized, indices, loss = module(x)
         (quantized.square().mean() + loss.sum()).backward()
         return {"quantized": quantized, "indices": indices, "loss": loss, "grad_x": x.grad, "codebook": codebook()}
+
+    return run
+
+
+def _harness(_: Workload, inputs: Inputs) -> Run:
+    """The training step of a module that does nothing: its loss and backward alone, which every provider pays."""
+    leaves = [x.detach().requires_grad_() for x in inputs.x]
+    nothing = inputs.codebook.new_zeros(())
+
+    def run(i: int) -> dict[str, Any]:
+        leaves[i].grad = None
+        (leaves[i].square().mean() + nothing.sum()).backward()
+        return {}
 
     return run
 
@@ -423,6 +437,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider("numba-batches", "ours", {"covariance": covariances.streamed("numba")}, "numba", "numba"),
         Provider("triton", "ours", _ours("triton"), "triton", "triton"),
         Provider("reference", "baseline", _ours("reference"), "lamkernels", "lamkernels"),
+        Provider("harness", "floor", {"train_step": _harness}, "torch", "torch"),
         Provider("eager", "peer", _torch(compiled=False) | {"covariance": covariances.eager}, "torch", "torch"),
         Provider("cdist", "peer", {"nearest_code": _cdist}, "torch", "torch", dtypes=FP32, score_matrices=2),
         Provider("compile", "peer", _torch(compiled=True), "torch", "torch", score_matrices=2),

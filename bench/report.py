@@ -25,7 +25,7 @@ class Row:
         suite: of the workload, as are op, N, K, D and dtype.
         device: "cpu" or "cuda".
         threads: that every provider had.
-        provider: its name; ``kind`` is "ours", "baseline" or "peer", ``version`` that of its package.
+        provider: its name; ``kind`` is "ours", "baseline", "peer" or "floor", ``version`` that of its package.
         status: "ok"; "absent": not installed, or does not run here; "skipped": would not fit; "wrong": its result
             failed the check, so there is no time; "error": it raised, crashed or did not answer.
         note: why, where the status is not "ok"; "loss" for one of ours that is slower than the best peer.
@@ -95,7 +95,7 @@ def rank(rows: list[Row]) -> list[Row]:
     """Fills in ``speedup`` and marks losses, in the rows of one workload."""
     best = min((row.time_ms for row in rows if row.kind == "peer" and row.time_ms is not None), default=None)
     for row in rows:
-        if best is not None and row.time_ms is not None:
+        if best is not None and row.time_ms is not None and row.kind != "floor":
             row.speedup = best / row.time_ms
             if row.kind == "ours" and row.speedup < 1:
                 row.note = "loss"
@@ -161,13 +161,14 @@ def table(rows: Sequence[Row]) -> str:
             sizes = (row.peak_extra_mb, row.output_mb, row.peak_extra_mb - row.output_mb, row.score_matrix_mb)
             lines.append([name, *(f"{size:.1f}" for size in sizes), *_accuracy(row)])
         else:
-            assert row.p10_ms is not None and row.p90_ms is not None and row.roofline is not None
+            assert row.p10_ms is not None and row.p90_ms is not None
             cells = [name, _short(row.time_ms), f"{_short(row.p10_ms)}–{_short(row.p90_ms)}"]
             if gpu:
                 cells += [_short(row.wall_ms), _short(row.graph_ms)]
             ratio = "" if row.speedup is None else f"{row.speedup:.2f}×"
             ratio += (" LOSS" if row.note == "loss" else "     ") if lost else ""
-            cells += [ratio, _short(row.gflops), _short(row.gbytes_s), f"{row.roofline:.0%}", *_accuracy(row)]
+            fraction = "–" if row.roofline is None else f"{row.roofline:.0%}"
+            cells += [ratio, _short(row.gflops), _short(row.gbytes_s), fraction, *_accuracy(row)]
             lines.append(cells)
     widths = [max(len(line[i]) for line in lines if not isinstance(line, str)) for i in range(len(head))]
     widths[0] = max(widths[0], 14)
@@ -254,7 +255,7 @@ def write_plot(path: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
     figure, axes = pyplot.subplots(
         lines, columns, figsize=(5.2 * columns, height * lines + 0.6), squeeze=False, layout="constrained"
     )
-    colors = {"ours": "#c44e52", "baseline": "#999999", "peer": "#4c72b0"}
+    colors = {"ours": "#c44e52", "baseline": "#999999", "floor": "#cccccc", "peer": "#4c72b0"}
     for axis in axes.flat[len(groups) :]:
         axis.axis("off")
     for axis, (name, group) in zip(axes.flat, groups.items(), strict=False):

@@ -258,9 +258,11 @@ def _take_times(contestant: _Contestant, workload: Workload) -> None:
     row.p10_ms, row.p90_ms, row.calls = deciles[0], deciles[-1], len(pooled)
     row.wall_ms = median(contestant.wall) if contestant.wall else None
     row.graph_ms = median(contestant.graph) if contestant.graph else None
+    assert row.bandwidth_gbs is not None and row.peak_gflops is not None
+    memory, compute = workload.bytes / row.bandwidth_gbs / 1e9, workload.flops / row.peak_gflops / 1e9
+    row.bound = "memory" if memory > compute else "compute"
+    if row.kind == "floor":  # it moves and computes less than the workload's model says
+        return
     seconds = row.time_ms / 1e3
     row.gflops, row.gbytes_s = workload.flops / seconds / 1e9, workload.bytes / seconds / 1e9
-    assert row.bandwidth_gbs is not None and row.peak_gflops is not None
-    limit = max(workload.bytes / row.bandwidth_gbs, workload.flops / row.peak_gflops) / 1e9
-    row.roofline = limit / seconds
-    row.bound = "memory" if workload.bytes / row.bandwidth_gbs > workload.flops / row.peak_gflops else "compute"
+    row.roofline = max(memory, compute) / seconds
