@@ -92,7 +92,7 @@ def train_linear_lam(
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    lbfgs.step(of_all_rows)
+    lbfgs.step(of_all_rows)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         model.A, model.B, model.C, model.D = (matrix.detach() for matrix in (A, B, C, D))
         model.losses[0] = scale**2 * loss_of(x, y)
