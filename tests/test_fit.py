@@ -64,7 +64,8 @@ def test_the_fit_is_that_of_the_pairs(tmp_path):
     torch.testing.assert_close(found.encode(o, o_next) * n**0.5, expected.encode(o, o_next), rtol=1e-3, atol=1e-4)
     assert results["actions"]["recovery"] > 0.9 and results["actions"]["held_out"] > 0.9
     assert results["loss"]["held_out"] == pytest.approx(results["loss"]["fit"], rel=0.3)
-    assert results["loss"]["optimal"] <= results["loss"]["fit"] < results["loss"]["without_latent"]
+    optimal = results["loss"]["optimal"] * (1 - 1e-12)  # two sums that may round apart where the fit is the optimum
+    assert optimal <= results["loss"]["fit"] < results["loss"]["without_latent"]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["loss"] == results["loss"]
     assert (tmp_path / "out" / "spectrum.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -126,11 +127,27 @@ def load_frames(config: DataConfig, *, folder: Path | None = None, progress: boo
 
 
 def collect(config: DataConfig, *, progress: bool = False) -> FrameData:
+    """All frames of :func:`play`.
+
+    Raises:
+        ModuleNotFoundError: ``ale-py`` is not installed.
+    """
+    parts = list(play(config, progress=progress))
+    frames, actions, starts = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("frames", "actions", "starts")
+    )
+    return FrameData(frames, actions, starts, tuple(POLICIES[config.game]), config)
+
+
+def play(config: DataConfig, *, progress: bool = False) -> Iterator[FrameData]:
     """Plays ``config.transitions`` transitions with a random policy that holds each action for a while.
 
     The emulator runs without action repetition of its own (``repeat_action_probability`` 0), so that the recorded
     action is the one that was played. A lost life ends an episode; the serve that follows it in Breakout is no
     transition.
+
+    Yields:
+        Frames that follow those before, a few at a time.
 
     Raises:
         ModuleNotFoundError: ``ale-py`` is not installed.
@@ -152,7 +169,6 @@ def collect(config: DataConfig, *, progress: bool = False) -> FrameData:
     played = [getattr(Action, name) for name in names]
     rng = np.random.default_rng(config.seed)
     screens: list[np.ndarray] = []
-    frames: list[Tensor] = []
     actions: list[int] = []
     starts: list[bool] = []
 
@@ -160,13 +176,12 @@ def collect(config: DataConfig, *, progress: bool = False) -> FrameData:
         screens.append(ale.getScreenRGB())
         starts.append(start)
         actions.append(-1)
-        if len(screens) == RESIZE_BATCH:
-            flush()
 
-    def flush() -> None:
-        if screens:
-            frames.append(_resize(np.stack(screens), config.size))
-            screens.clear()
+    def taken(count: int) -> FrameData:
+        frames = resize(torch.from_numpy(np.stack(screens[:count])).permute(0, 3, 1, 2), config.size)
+        part = FrameData(frames, torch.tensor(actions[:count]), torch.tensor(starts[:count]), names, config)
+        del screens[:count], actions[:count], starts[:count]
+        return part
 
     def serve() -> None:
         if ale.game_over():
@@ -189,14 +204,14 @@ def collect(config: DataConfig, *, progress: bool = False) -> FrameData:
             ale.act(played[action])
         actions[-1] = action
         store(start=False)
-    flush()
-    return FrameData(torch.cat(frames), torch.tensor(actions), torch.tensor(starts), names, config)
+        if len(screens) > RESIZE_BATCH:  # the action on the last one is not known yet
+            yield taken(len(screens) - 1)
+    yield taken(len(screens))
 
 
-def _resize(screens: np.ndarray, size: int) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, size, size) uint8, each pixel the mean of the area that it covers."""
-    pixels = torch.from_numpy(screens).permute(0, 3, 1, 2).float()
-    return F.interpolate(pixels, (size, size), mode="area").round().to(torch.uint8)
+def resize(frames: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) uint8 -> (B, C, size, size) uint8, each pixel the mean of the area that it covers."""
+    return F.interpolate(frames.float(), (size, size), mode="area").round().to(torch.uint8)
 
 
 def _expected_metadata(config: DataConfig) -> dict[str, str]:

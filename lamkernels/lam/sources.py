@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamkernels.lam.data import DataConfig, load_frames
+from lamkernels.lam.data import DataConfig, play, resize
 from lamkernels.validation import check_integer
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ NAMES = {
 VIDEOS = (".avi", ".mkv", ".mov", ".mp4", ".webm")
 ARRAYS = (".npy", ".npz", ".safetensors")
 KINDS = (*ARRAYS, ".parquet", *VIDEOS)
+CHANNELS = (1, 3, 4)  # of images
 BATCH_ENTRIES = 2**22  # 16 MiB of float32
 
 Part = dict[str, Tensor]  # "rows" and perhaps "actions", "starts", "episodes": equally many consecutive rows of a file
@@ -71,8 +72,9 @@ class Source:
 
     Args:
         paths: files (.npy, .npz, .safetensors, .parquet, .avi, .mkv, .mov, .mp4, .webm), folders, of which the files of
-            these kinds are taken in the order of their names, and games ("atari:breakout"; :func:`load_frames`).
-        side: height and width to which the frames of videos and games are resized, pixels.
+            these kinds are taken in the order of their names, and games ("atari:breakout"; :func:`play`).
+        side: height and width to which the frames of videos and games are resized, pixels; and frames of arrays that
+            are larger, (T, H, W, C) or (T, C, H, W) uint8 with 1, 3 or 4 channels.
         rows: the name of the array or column of rows; None looks for the names above.
         actions: the same of the actions.
         batch_entries: the most entries of a batch of more than one row.
@@ -133,14 +135,18 @@ class Source:
     def _parts(self, source: str) -> Iterator[Part]:
         path = Path(source)
         if source in self._games:
-            data = load_frames(self._games[source])
-            arrays = {"rows": data.frames, "actions": data.actions, "starts": data.starts}
-            return self._slices({name: Array(tensor.shape, _slicer(tensor)) for name, tensor in arrays.items()})
+            return self._game(self._games[source])
         if path.suffix in VIDEOS:
             return _video(path, self._side, self._batch_entries)
         if path.suffix == ".parquet":
             return _parquet(path, self._chosen, self._batch_entries)
         return self._array_file(path)
+
+    def _game(self, config: DataConfig) -> Iterator[Part]:
+        for played in play(config):
+            frames = played.frames.permute(0, 2, 3, 1)  # as those of videos
+            arrays = {"rows": frames, "actions": played.actions, "starts": played.starts}
+            yield from self._slices({name: Array(tensor.shape, _slicer(tensor)) for name, tensor in arrays.items()})
 
     def _chosen(self, names: Iterable[str], *, single: bool = False) -> dict[str, str]:
         """The names in a file that stand for rows, actions, starts and episodes."""
@@ -172,7 +178,8 @@ class Source:
                 raise ValueError(f"its {kind} have shape {array.shape} and its rows {shape}")
         step = max(1, self._batch_entries // max(1, math.prod(shape[1:])))
         for start in range(0, shape[0], step):
-            yield {kind: array.read(start, min(start + step, shape[0])) for kind, array in arrays.items()}
+            part = {kind: array.read(start, min(start + step, shape[0])) for kind, array in arrays.items()}
+            yield part | {"rows": _fitted(part["rows"], self._side)}
 
 
 class Array(NamedTuple):
@@ -217,6 +224,18 @@ def _as_rows(values: Tensor) -> Tensor:
     return rows / 255 if values.dtype == torch.uint8 else rows
 
 
+def _fitted(frames: Tensor, side: int) -> Tensor:
+    """Frames that are larger than ``side``, uint8 with channels first or last, resized to it; others as they are."""
+    if frames.dtype != torch.uint8 or frames.ndim != 4:
+        return frames
+    last = frames.shape[3] in CHANNELS
+    planes = frames.permute(0, 3, 1, 2) if last else frames
+    if planes.shape[1] not in CHANNELS or max(planes.shape[2:]) <= side:
+        return frames
+    planes = resize(planes, side)
+    return planes.permute(0, 2, 3, 1) if last else planes
+
+
 def _starts(part: Part, episode: Tensor | None) -> tuple[Tensor, Tensor]:
     """The starts of a part, and the episode of its last row; ``episode`` is that of the row before, if there is one."""
     count = len(part["rows"])
@@ -249,6 +268,8 @@ Arrays = Mapping[str, Callable[[], Array]]  # the arrays of a file, looked at wh
 
 def _open_npy(path: Path, stack: ExitStack) -> Arrays:
     array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.flags.c_contiguous:  # read, not mapped: pages that were looked at would count as memory of the process
+        return {"rows": lambda: _npz_member(stack.enter_context(path.open("rb")))}
     return {"rows": lambda: Array(array.shape, _slicer(array))}
 
 

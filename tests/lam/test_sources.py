@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -37,6 +38,17 @@ def write(path, **arrays):
         columns = {name: array.tolist() for name, array in arrays.items()}
         parquet.write_table(pyarrow.table(columns), path, row_group_size=17)
     return path
+
+
+def write_video(path, frames):
+    """Writes (T, H, W, 3) uint8."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode(None))
 
 
 def read(source):
@@ -138,15 +150,8 @@ def test_parquet_refuses_what_is_no_matrix(tmp_path):
 
 
 def test_videos_are_resized_and_flattened(tmp_path):
-    av = pytest.importorskip("av")
-    path = tmp_path / "a.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for level in range(0, 250, 10):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    path, levels = tmp_path / "a.mp4", np.arange(0, 250, 10, np.uint8)
+    write_video(path, np.broadcast_to(levels[:, None, None, None], (25, 48, 64, 3)))
     source = Source(path, side=8, batch_entries=700)
     batches = list(source)
     assert [len(batch.rows) for batch in batches] == [3] * 8 + [1] and source.skipped == []
@@ -165,14 +170,29 @@ def test_a_missing_package_is_no_damage(tmp_path, monkeypatch, suffix, package):
         list(Source(tmp_path))
 
 
-def test_games(tmp_path, monkeypatch):
+def test_games_are_played_as_they_are_read(monkeypatch):
     pytest.importorskip("ale_py")
-    frames = data.load_frames(data.DataConfig(game="freeway", transitions=20, size=8), folder=tmp_path)
-    games = {data.DataConfig(game="freeway", size=8): frames}  # the real one has 12 500 transitions
-    monkeypatch.setattr(sources, "load_frames", games.__getitem__)
-    rows, starts, actions = read(Source("atari:freeway", side=8, batch_entries=1000))
-    assert torch.equal(rows, frames.frames.flatten(1) / 255)
+    config = data.DataConfig(game="freeway", transitions=150, size=8)  # the real one has 12 500 transitions
+    frames, resized, resize = data.collect(config), [], data.resize
+    monkeypatch.setattr(sources, "DataConfig", partial(data.DataConfig, transitions=150))
+    monkeypatch.setattr(data, "resize", lambda part, size: (resized.append(len(part)), resize(part, size))[1])
+    source = Source("atari:freeway", side=8, batch_entries=1000)
+    assert len(next(iter(source)).rows) == 5 and resized == [data.RESIZE_BATCH]
+    rows, starts, actions = read(source)
+    assert torch.equal(rows, frames.frames.permute(0, 2, 3, 1).flatten(1) / 255)
     assert torch.equal(starts, frames.starts) and torch.equal(actions, frames.actions)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
+@pytest.mark.parametrize("last", [True, False])
+def test_frames_that_are_too_large_are_resized(tmp_path, suffix, last):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 12), np.uint8)
+    areas = frames.reshape(5, 3, 4, 2, 4, 3).mean((3, 5)).round().astype(np.uint8)
+    large, small = ((np.moveaxis(f, 1, 3) if last else f) for f in (frames, areas))
+    path = write(tmp_path / f"a{suffix}", rows=large)
+    rows, _, _ = read(Source(path, side=4, batch_entries=700))
+    assert torch.equal(rows, torch.from_numpy(small.reshape(5, -1)) / 255)
+    assert read(Source(path, side=12))[0].shape == (5, 3 * 8 * 12)
 
 
 def test_an_accumulator_makes_the_pairs_of_all_files(tmp_path):
@@ -188,17 +208,22 @@ MEMORY = """
 import resource, sys, torch
 from lamkernels.lam.sources import Source
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before, batches = peak(), iter(Source(sys.argv[1], batch_entries=2**16))
+before, batches = peak(), iter(Source(sys.argv[1], side=256, batch_entries=2**18))
 print(sum(len(batch.rows) for batch in batches), peak() - before)
 """
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".mp4"])
 def test_a_file_is_never_in_memory_as_a_whole(tmp_path, suffix):
-    path = write(tmp_path / f"a{suffix}", rows=np.zeros((2**20, 64), np.float32))  # 256 MiB
+    path, count = tmp_path / f"a{suffix}", 2**19
+    if suffix == ".mp4":  # 110 MiB of frames once they are resized
+        count = 600
+        write_video(path, np.zeros((count, 16, 16, 3), np.uint8))
+    else:
+        write(path, rows=np.zeros((count, 64), np.float32))  # 128 MiB
     command = [sys.executable, "-c", MEMORY, str(path)]
     rows, extra = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-    assert rows == 2**20 and extra < 2**26
+    assert rows == count and extra < 2**26
 
 
 @pytest.mark.parametrize(

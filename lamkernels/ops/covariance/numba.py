@@ -1,5 +1,6 @@
 """covariance on the CPU: scatters and cross scatters over :mod:`products`, and what its fast path must not decide."""
 
+# mypy: allow-untyped-defs, no-check-untyped-defs, allow-untyped-calls, disable-error-code="attr-defined,call-arg"
 from __future__ import annotations
 
 import math
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numba import carray, njit
 from torch import Tensor
 
 from lamkernels.ops.covariance.products import (
@@ -21,8 +23,12 @@ from lamkernels.ops.covariance.products import (
     runs_of,
 )
 from lamkernels.ops.covariance.reference import effective_weights, pairs
+from lamkernels.ops.nearest_code.numba import FLAGS, elements
+from lamkernels.ops.parallel import compiled, launch
+from lamkernels.ops.simd import stored_type, widen, words
 
-SAMPLE = 1 << 18  # entries that the provisional mean is computed from
+SAMPLE = 1 << 16  # entries that the provisional mean is computed from
+FEW_ENDS = 16  # rows that are added to a scatter as one outer product each
 FEW = 4096  # pairs whose roundings do not average out if they hold few values: fp64
 # |x − shift| between these does not overflow or vanish in fp32: 64 times 2⁵⁸ squared
 # a unit of dither, as a share of the spread: all of them hardly enlarge a product, one changes its rounding
@@ -81,22 +87,68 @@ def provisional_shift(x: Tensor, weights: Tensor | None, numbers: Tensor | None,
     """:func:`on_grid` of the mean of evenly spaced rows of positive weight."""
     if weights is not None and numbers is None:
         numbers = weights.nonzero()[:, 0]
-    count = x.shape[0] if numbers is None else numbers.shape[0]
-    step = max(1, count // max(256, SAMPLE // x.shape[1]))
-    sample = (x[::step] if numbers is None else x[numbers[::step]]).double()
-    if not sample.shape[0]:
-        return Shift(sample.sum(0), sample.sum(0))
-    with np.errstate(all="ignore"):  # rows that are not finite are found later
-        # NumPy's sums: torch's may depend on the number of threads
-        mean, variance = (torch.from_numpy(statistic(0)) for statistic in (sample.numpy().mean, sample.numpy().var))
+    count, dim = x.shape[0] if numbers is None else numbers.shape[0], x.shape[1]
+    step = max(1, count // max(256, SAMPLE // dim))
+    mean, variance = (torch.zeros(dim, dtype=torch.float64) for _ in range(2))
+    if count == 0:
+        return Shift(mean, variance)
+    sampling = [x.data_ptr(), x.stride(0), dim, 0 if numbers is None else numbers.data_ptr(), count, step]
+    launch(compiled(_sample, x.dtype), [*sampling, mean.data_ptr(), variance.data_ptr()], 1, 0)
     dtype = computed_dtype(x, exact)
     shift = on_grid(mean, variance, dtype)
     if dtype == torch.float64:
         return shift
     # integers, pixels and halves near their grid: their sums are exact, but for a dither
-    steps = sample[:: max(1, len(sample) // 256)] * (2.0**7 * DITHER / shift.unit)
-    even = (steps == steps.round()).all(0)
+    scale, even = 2.0**7 * DITHER / shift.unit, torch.ones(dim, dtype=torch.bool)
+    sampling[5] = max(1, count // 256)
+    launch(compiled(_on_grid, x.dtype), [*sampling, scale.data_ptr(), even.data_ptr()], 1, 0)
     return shift._replace(unit=shift.unit.where(~even, 0.0))
+
+
+@njit(**FLAGS)
+def _sampled(a, n, stored):
+    """Row ``n`` of a sample. Parameters: 2 rows, 3 their stride, 4 D, 5 row numbers or 0, 6 how many, 7 step."""
+    row = n if a[5] == 0 else elements(a[5], n, 1, np.int64(0))[0]
+    return elements(a[2], row * a[3], a[4], stored)
+
+
+@njit(**FLAGS)
+def _sample_moments(p, stored):
+    """Mean (D,) and variance (D,) of every step-th row to 8 and 9, fp64."""
+    a = carray(p, (10,))
+    mean, variance = elements(a[8], 0, a[4], np.float64(0)), elements(a[9], 0, a[4], np.float64(0))
+    count = 0
+    for n in range(0, a[6], a[7]):
+        row = _sampled(a, n, stored)
+        count += 1
+        for d in range(a[4]):
+            mean[d] += widen(row[d])
+    mean /= count
+    for n in range(0, a[6], a[7]):
+        row = _sampled(a, n, stored)
+        for d in range(a[4]):
+            variance[d] += (widen(row[d]) - mean[d]) ** 2
+    variance /= count
+
+
+@njit(**FLAGS)
+def _find_grid(p, stored):
+    """Whether every step-th row times the scales (D,) fp64 at 8 has whole numbers, to (D,) bool at 9."""
+    a = carray(p, (10,))
+    scale, even = elements(a[8], 0, a[4], np.float64(0)), elements(a[9], 0, a[4], np.bool_(0))
+    for n in range(0, a[6], a[7]):
+        row = _sampled(a, n, stored)
+        for d in range(a[4]):
+            value = widen(row[d]) * scale[d]
+            even[d] &= value == np.rint(value)
+
+
+def _sample(p):
+    _sample_moments(words(p), stored_type(p))
+
+
+def _on_grid(p):
+    _find_grid(words(p), stored_type(p))
 
 
 def on_grid(mean: Tensor, variance: Tensor, dtype: torch.dtype) -> Shift:
@@ -175,21 +227,28 @@ def by_runs(x: Tensor, starts: Any, stops: Any, lag: int, exact: bool) -> tuple[
     if len(starts) > 1 or stops[0] + lag < len(x):
         numbers = torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)]))
     shift = provisional_shift(x, None, numbers, exact)
+    ends = [
+        torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in zip(begin, end, strict=True)]))
+        for begin, end in (
+            (starts, np.minimum(starts + lag, stops)),
+            (np.maximum(starts + lag, stops), stops + lag),
+        )
+    ]
     for _ in range(2):
         job = Job(Rows(x, shift), None, table, None, None, exact, triangle=True, full=True, lag=lag)
-        common = scatter_of(job.results([1, 2], True), shift)
-        if not common.far():
+        scatters = [scatter_with(job, shift, x, alone, exact) for alone in ends]
+        if not scatters[0].far():
             break
-        shift = common.shift(computed_dtype(x, exact))
+        shift = scatters[0].shift(computed_dtype(x, exact))
     xy = job.results([0, 1, 2], False, 0, [2, 3]).products
-    scatters, largest = [], job.largest
-    ends = (starts, np.minimum(starts + lag, stops)), (np.maximum(starts + lag, stops), stops + lag)
-    for begin, end in ends:
-        alone = torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in zip(begin, end, strict=True)]))
-        rest, other = scatter(x, None, exact, alone)
-        scatters.append(common.merged(rest))
-        largest = max(largest, other)
-    return scatters[0], scatters[1], xy, largest
+    return scatters[0], scatters[1], xy, job.largest
+
+
+def scatter_with(job: Job, shift: Shift, x: Tensor, alone: Tensor, exact: bool) -> Scatter:
+    """Of the rows that a job counts for both scatters and, each of weight 1, the rows numbered ``alone``."""
+    if len(alone) <= FEW_ENDS:
+        return scatter_of(job.results([1, 2], True, others=x[alone].double() - shift.near), shift)
+    return scatter_of(job.results([1, 2], True), shift).merged(scatter(x, None, exact, alone)[0])
 
 
 def cross(x: Tensor, y: Tensor, first: Scatter, second: Scatter, weights: Tensor | None, exact: bool) -> Tensor:

@@ -22,24 +22,24 @@ from torch import Tensor
 
 from lamkernels.ops.covariance.tiles import TILE, VECTORS, add_products, pack_panel, panel_width, prefetch
 from lamkernels.ops.nearest_code.numba import FLAGS, elements
-from lamkernels.ops.parallel import compiled, launch
+from lamkernels.ops.parallel import compiled, empty, launch
 from lamkernels.ops.simd import BITS, at, computed_type, fetch_add, stored_type, view, words
 
 DEPTH = 64  # rows of a chunk, whose products are added up in fp32
 SHARED = 32  # the largest lag at which the later rows are packed with the earlier ones
 BLOCK = 128  # columns of a block: the packed chunks and the sums of a pair of blocks stay in a 1 MiB cache
 TASKS = 32  # that there are at least, where the rows suffice
-SLAB_BYTES = 1 << 23  # of packed rows
-RANK = 3  # outer products that take the shifts out
+SLAB_BYTES = 1 << 25  # of packed rows
+APART = 16  # columns by which rows of sums are longer than they need be: a power of two would share cache sets
 MERGED = 32  # rows of the result that a task merges, and columns that it mirrors at a time
 
 # int64 parameters: the left rows at LEFT and the right ones at RIGHT,
 LEFT, RIGHT = 2, 10
 ADDRESS, STRIDE, DIM, SHIFT, UNIT, PACKED, SCALED, SUMS = range(8)
 # and from 18 on: row numbers or 0, weights or 0, chunks (first row, rows, leading rows that are left ones only), the
-# first chunk, chunks, rows of a packed panel, parts, partial sums (parts, D padded, E padded) fp64 or 0 of left times
-# right rows, the same of the upper triangle of left times left ones, how many rows later the right rows are among the
-# packed left ones or 0, sides to pack, largest entries (slots,), whether a task packs its own, tasks
+# first chunk, chunks, rows of a packed panel, parts, partial sums (parts, D padded, E padded + APART) fp64 or 0 of left
+# times right rows, the same of the upper triangle of left times left ones, how many rows later the right rows are among
+# the packed left ones or 0, sides to pack, largest entries (slots,), whether a task packs its own, tasks
 NUMBERS, WEIGHTS, TABLE, FIRST, CHUNKS, DEEP, PARTS, FULL, TRIANGLE, LAG, SIDES, MOST, FUSED, ALL = range(18, 32)
 
 # column sums and, beside them, those times the dither: of the rows that are left ones only, left ones, both, right ones
@@ -96,6 +96,7 @@ def _multiply_block(a, chunk, ahead, part, i_block, j_block, triangle, left, rig
     """Adds the products of a chunk in one block of columns to the partial sums of a part."""
     dim, width, deep = a[LEFT + DIM], panel_width(computed), a[DEEP]
     rows, columns = _padded(dim, computed), _padded(a[RIGHT + DIM], computed)
+    stride = columns + APART
     table = elements(a[TABLE], 3 * chunk, 3, np.int64(0))
     skipped, later = (table[2], table[2]) if triangle else (0, a[LAG])
     depth = table[1] - skipped
@@ -114,7 +115,7 @@ def _multiply_block(a, chunk, ahead, part, i_block, j_block, triangle, left, rig
             add_products(
                 at(left, i // width * width * deep + i % width + skipped * width),
                 at(right, j * deep + later * width), depth,
-                view(a[TRIANGLE] if triangle else a[FULL], (part * rows + i) * columns + j, np.float64(0)), columns,
+                view(a[TRIANGLE] if triangle else a[FULL], (part * rows + i) * stride + j, np.float64(0)), stride,
             )  # fmt: skip
 
 
@@ -139,8 +140,8 @@ def _pack_slab(p, stored, computed):
 @njit(**FLAGS)
 def _multiply_slab(p, stored, computed):
     a = carray(p, (ALL + 1,))
-    size = BLOCK * a[DEEP] if a[FUSED] != 0 else 0
-    own_left, own_right = np.full(size, computed), np.full(size if a[SIDES] == 2 else 0, computed)
+    sizes = [_padded(a[side + DIM], computed) * a[DEEP] if a[FUSED] != 0 else 0 for side in (LEFT, RIGHT)]
+    own_left, own_right = np.full(sizes[0], computed), np.full(sizes[1] if a[SIDES] == 2 else 0, computed)
     across = (_padded(a[RIGHT + DIM], computed) + BLOCK - 1) // BLOCK
     upper = across * (across + 1) // 2 if a[TRIANGLE] != 0 else 0
     while True:
@@ -179,9 +180,9 @@ def _merge_parts(p):
     """Adds the parts in order and the outer products of vectors; mirrors the upper triangle where that is all.
 
     Parameters: 2 partial sums, 3 parts, 4 rows and 5 columns of them, 6 D, 7 E, 8 result, 9 symmetric, 10 tasks,
-    11 and 12 vectors (RANK, D) and (RANK, E) fp64.
+    11 and 12 vectors (R, D) and (R, E) fp64, 13 R.
     """
-    a = carray(p, (13,))
+    a = carray(p, (14,))
     parts, rows, columns, dim, other = a[3], a[4], a[5], a[6], a[7]
     while True:
         task = fetch_add(a, 0)
@@ -196,7 +197,7 @@ def _merge_parts(p):
                 total[:] = elements(a[2], i * columns + begin, stop - begin, np.float64(0))
                 for part in range(1, parts):
                     total += elements(a[2], (part * rows + i) * columns + begin, stop - begin, np.float64(0))
-                for r in range(RANK):
+                for r in range(a[13]):
                     factor = elements(a[11], r * dim + i, 1, np.float64(0))[0]
                     if factor != 0:
                         total += factor * elements(a[12], r * other + begin, stop - begin, np.float64(0))
@@ -238,15 +239,20 @@ class Sizes(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def sizes_of(chunks: int, dim: int, other: int, triangle: bool, full: bool, deep: int, itemsize: int) -> Sizes:
-    """The sizes for left rows (N, D) and right rows (N, E), ``itemsize`` bytes in the computed type."""
+def sizes_of(
+    chunks: int, dim: int, other: int, triangle: bool, full: bool, deep: int, itemsize: int, two: bool
+) -> Sizes:
+    """The sizes for left rows (N, D) and right rows (N, E), ``itemsize`` bytes in the computed type.
+
+    With ``two`` both sides are packed, else the left one serves as the right one too.
+    """
     width = VECTORS * BITS // (8 * itemsize)
     padded = -(-dim // width) * width, -(-other // width) * width
     down, across = (-(-size // BLOCK) for size in padded)
     fused = down == across == 1
     blocks = 1 if fused else triangle * across * (across + 1) // 2 + full * down * across
     parts = max(1, min(chunks, -(-TASKS // blocks)))
-    slab = max(1, SLAB_BYTES // (deep * sum(padded) * itemsize) // parts) * parts
+    slab = max(1, SLAB_BYTES // (deep * (sum(padded) if two else padded[0]) * itemsize) // parts) * parts
     return Sizes(max(1, chunks if fused else min(slab, chunks)), parts, parts * blocks, fused, padded)
 
 
@@ -317,10 +323,10 @@ class Job:
         scaling = weights is not None and not bool(((weights == 0) | (weights == 1)).all())
         sides = [left, left if right is None else right]
         (dim, other), deep = (side.x.shape[1] for side in sides), DEPTH + lag
-        sizes = self.sizes = sizes_of(len(table), dim, other, triangle, full, deep, computed.itemsize)
-        slots = sizes.parts if sizes.fused else sizes.slab
         two = right is not None or scaling
-        packed = [torch.empty(0 if sizes.fused else slots * deep * size, dtype=computed) for size in sizes.padded]
+        sizes = self.sizes = sizes_of(len(table), dim, other, triangle, full, deep, computed.itemsize, two)
+        slots = sizes.parts if sizes.fused else sizes.slab
+        packed = [empty((0 if sizes.fused else slots * deep * size,), computed) for size in sizes.padded]
         if not two:
             packed[1] = packed[0]
         self.shifts = [side.shift for side in sides]
@@ -329,8 +335,9 @@ class Job:
             for side, size in zip(sides, sizes.padded, strict=True)
         ]
         self.sums = [torch.zeros((slots, KINDS, 2, size), dtype=torch.float64) for size in sizes.padded]
-        shapes = ((sizes.parts * made, *sizes.padded) for made in (triangle, full))
-        self.triangle, self.full = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        down, across = sizes.padded
+        shapes = ((sizes.parts * made, down, across + APART) for made in (triangle, full))
+        self.triangle, self.full = (empty(shape, torch.float64).zero_() for shape in shapes)
         largest = torch.zeros(slots, dtype=torch.int64)
         kernels = (_pack, _multiply) if computed == torch.float32 else (_pack_exact, _multiply_exact)
         pack, multiply = (compiled(kernel, x.dtype) for kernel in kernels)
@@ -356,20 +363,29 @@ class Job:
                 sums.numpy().sum(0)[..., : side.x.shape[1]] for sums, side in zip(self.sums, sides, strict=True)
             ]
 
-    def results(self, kinds: Sequence[int], triangle: bool, right: int = 0, right_kinds: Sequence[int] = ()) -> Sums:
-        """What was made of the left rows of some ``kinds`` and, unless ``triangle``, the rows of ``right``."""
+    def results(
+        self, kinds: Sequence[int], triangle: bool, right: int = 0, right_kinds: Sequence[int] = (),
+        others: Tensor | None = None,
+    ) -> Sums:  # fmt: skip
+        """What was made of the left rows of some ``kinds`` and, unless ``triangle``, the rows of ``right``.
+
+        With ``others`` (M, D) fp64, rows of weight 1 less ``near``, these are in as well.
+        """
         weight, first, second = self._weights(triangle)
         unit, other_unit = self.shifts[0].unit, self.shifts[right].unit
         step, beside = self._sum(0, kinds)
         step = step + first * unit
+        added = [] if others is None else list(others)
+        for row in added:
+            step, weight = step + row, weight + 1
         if triangle:
             other_step, other_beside = step, beside
         else:
             other_step, other_beside = self._sum(right, right_kinds)
             other_step = other_step + first * other_unit
         total = weight or 1.0
-        lefts = torch.stack([beside + second * unit, unit, -step / math.sqrt(total)])
-        rights = torch.stack([other_unit, other_beside, other_step / math.sqrt(total)])
+        lefts = torch.stack([beside + second * unit, unit, *added, -step / math.sqrt(total)])
+        rights = torch.stack([other_unit, other_beside, *added, other_step / math.sqrt(total)])
         return Sums(weight, step, self._merged(triangle, lefts, rights))
 
     def _sum(self, side: int, kinds: Sequence[int]) -> Tensor:
@@ -389,10 +405,9 @@ class Job:
     def _merged(self, triangle: bool, lefts: Tensor, rights: Tensor) -> Tensor:
         partial, sizes = self.triangle if triangle else self.full, self.sizes
         dim, other = lefts.shape[1], rights.shape[1]
-        in_place = sizes.parts == 1 and sizes.padded == (dim, other)
-        products = partial[0] if in_place else torch.empty((dim, other), dtype=torch.float64)
+        products = empty((dim, other), torch.float64)
         tasks = -(-dim // MERGED)
-        merging = [partial.data_ptr(), sizes.parts, *sizes.padded, dim, other, products.data_ptr(), triangle, tasks]
-        merging += [vectors.data_ptr() for vectors in (lefts, rights)]
+        merging = [partial.data_ptr(), *partial.shape, dim, other, products.data_ptr(), triangle, tasks]
+        merging += [lefts.data_ptr(), rights.data_ptr(), len(lefts)]
         launch(compiled(_merge, torch.float64), merging, tasks, sizes.parts * dim * other)
         return products
