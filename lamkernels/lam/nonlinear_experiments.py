@@ -74,7 +74,8 @@ class NonlinearControls:
 
 
 SPREAD = Controls(action_variance=(2.0, 1.0, 0.5), eps_spectrum=(1.0, 0.7, 0.5))  # λ_k(Σ_q) is 0.5
-LEVELS = tuple(round(0.5 * 2.0**i, 12) for i in (-3, -2, -1, -0.5, 0.5, 1, 2, 3, 4))
+# no two of all eigenvalues are equal: where they are, the seed decides what is encoded
+LEVELS = tuple(round(0.5 * ratio, 12) for ratio in (0.125, 0.25, 0.5, 0.7, 1.4, 2.5, 6.0, 16.0))
 CONTROLS = {
     "noise": NonlinearControls(replace(SPREAD, eps_variance=LEVELS), bottlenecks=("none", "vq", "fsq")),
     "bottlenecks": NonlinearControls(replace(SPREAD, eps_variance=(0.125, 4.0)), bottlenecks=tuple(BOTTLENECKS)),
