@@ -127,6 +127,7 @@ def averages_in(sizes: Tensor, code_sums: Tensor, codebook: Tensor) -> dict[int,
 
 
 def empty_as(x: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of the shape and dtype of x, in huge pages where it is large."""
     return empty(x.shape, x.dtype) if x.nbytes >= HUGE else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
