@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .report import Row, replace_file, short, summary, title, write_plot
+from .report import Row, mismatch, replace_file, short, summary, title, write_plot
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HEAD = """# Benchmarks
@@ -161,5 +161,4 @@ def _memory_cells(row: Row) -> list[str]:
 
 
 def _accuracy(row: Row) -> list[str]:
-    rate = "–" if row.mismatch_rate is None else "0" if row.mismatch_rate == 0 else f"{row.mismatch_rate:.1e}"
-    return [rate, "–" if row.contract is None else "kept" if row.contract else "broken"]
+    return [mismatch(row), "–" if row.contract is None else "kept" if row.contract else "broken"]

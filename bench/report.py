@@ -195,10 +195,16 @@ def _bound(rows: Iterable[Row]) -> str:
 
 
 def _accuracy(row: Row) -> list[str]:
-    if row.mismatch_rate is None or row.max_regret is None:
+    if row.max_regret is None:
         return ["–", "–"]
-    rate = "0" if row.mismatch_rate == 0 else f"{row.mismatch_rate:.1e}"
-    return [rate, "0" if row.max_regret == 0 else f"{row.max_regret:.0e}"]
+    return [mismatch(row), "0" if row.max_regret == 0 else f"{row.max_regret:.0e}"]
+
+
+def mismatch(row: Row) -> str:
+    """The mismatch rate in two digits, "–" without a lookup."""
+    if row.mismatch_rate is None:
+        return "–"
+    return "0" if row.mismatch_rate == 0 else f"{row.mismatch_rate:.1e}"
 
 
 def short(value: float | None) -> str:

@@ -83,7 +83,7 @@ def test_what_cannot_run_says_so(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         collapse.main(["--seed", "-1"])
     assert "--seed is -1; it must be at least 0" in capsys.readouterr().err
-    monkeypatch.setattr(collapse, "find_spec", lambda name: None)
+    monkeypatch.setattr(collapse.commands, "find_spec", lambda name: None)
     assert collapse.main(["--out", str(tmp_path)]) == 1
     assert "pip install 'lamkernels[demo]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path, capsys):
 
 
 def test_without_matplotlib_it_says_so_before_the_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(experiments, "find_spec", lambda name: None)
+    monkeypatch.setattr(experiments.commands, "find_spec", lambda name: None)
     assert experiments.main(["--out", str(tmp_path)]) == 1
     assert "pip install 'lamkernels[demo]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

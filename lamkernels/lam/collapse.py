@@ -7,14 +7,12 @@ over the seeds, and a figure; from its controls alone: the same seed, the same b
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamkernels.lam import collapse_figures
+from lamkernels.lam import collapse_figures, commands
 from lamkernels.lam.experiments import to_csv
 from lamkernels.lam.files import replacing, write_text
 from lamkernels.nn.health import CodebookHealth
@@ -168,19 +166,16 @@ def run(out: Path, controls: Controls) -> None:
         ModuleNotFoundError: matplotlib is not installed.
         OSError: a file cannot be written.
     """
-    if find_spec("matplotlib") is None:  # before the work, not after it
-        raise ModuleNotFoundError("the figure needs matplotlib; pip install 'lamkernels[demo]'")
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)
+    commands.need("matplotlib")
+    state, rows = torch.get_rng_state(), []
     try:
-        rows = []
-        for remedy in REMEDIES:
-            start = time.perf_counter()
-            for seed in range(controls.seed, controls.seed + controls.seeds):
-                rows += train(controls, remedy, seed)
-            print(f"{remedy}: {controls.seeds} runs, {time.perf_counter() - start:.1f} s")
+        with commands.one_thread():
+            for remedy in REMEDIES:
+                start = time.perf_counter()
+                for seed in range(controls.seed, controls.seed + controls.seeds):
+                    rows += train(controls, remedy, seed)
+                print(f"{remedy}: {controls.seeds} runs, {time.perf_counter() - start:.1f} s")
     finally:
-        torch.set_num_threads(threads)
         torch.set_rng_state(state)
     write_text(out / "curves.csv", to_csv(rows))
     write_text(out / "summary.csv", to_csv(summary(rows)))
@@ -190,25 +185,17 @@ def run(out: Path, controls: Controls) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the experiment; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lamkernels.lam.collapse",
-        description="Usage and perplexity of a codebook through training: curves.csv, summary.csv, curves.png.",
+    parser = commands.parser(
+        "lamkernels.lam.collapse",
+        "Usage and perplexity of a codebook through training: curves.csv, summary.csv, curves.png.",
+        "codebook-collapse",
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("codebook-collapse"), metavar="DIR", help="default: %(default)s"
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer seeds and steps: seconds")
     parser.add_argument("--seed", type=int, default=0, help="the first seed; default: %(default)s")
     options = parser.parse_args(argv)
     if options.seed < 0:
         parser.error(f"--seed is {options.seed}; it must be at least 0")
     controls = Controls(seed=options.seed)
-    try:
-        run(options.out, controls.quick() if options.quick else controls)
-    except (ModuleNotFoundError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return commands.status(parser, lambda: run(options.out, controls.quick() if options.quick else controls))
 
 
 if __name__ == "__main__":

@@ -5,19 +5,15 @@ Each experiment writes a CSV with all its numbers and a figure, from its control
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
-from lamkernels.lam import experiment_figures, linear_experiments
+from lamkernels.lam import commands, experiment_figures, linear_experiments
 from lamkernels.lam.files import replacing, write_text
 from lamkernels.lam.linear_experiments import CONTROLS, Controls, Row
 
@@ -32,26 +28,17 @@ NAMES = (*EXPERIMENTS, "controls")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the experiments that are named, all without a name; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lamkernels.lam.experiments",
-        description="The linear latent action model on synthetic worlds: NAME.csv and NAME.png for each experiment.",
+    parser = commands.parser(
+        "lamkernels.lam.experiments",
+        "The linear latent action model on synthetic worlds: NAME.csv and NAME.png for each experiment.",
+        "linear-lam",
+        NAMES,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; default: all")
-    parser.add_argument("--out", type=Path, default=Path("linear-lam"), metavar="DIR", help="default: ./linear-lam")
-    parser.add_argument("--quick", action="store_true", help="fewer points, samples and steps: seconds")
     parser.add_argument("--seed", type=int, default=0, help="of worlds, samples and training; default: %(default)s")
     options = parser.parse_args(argv)
-    unknown = [name for name in options.names if name not in NAMES]
-    if unknown:
-        parser.error(f"NAME is {unknown[0]!r}; it must be one of {', '.join(map(repr, NAMES))}")
     if options.seed < 0:
         parser.error(f"--seed is {options.seed}; it must be at least 0")
-    try:
-        run(options.names or NAMES, options.out, quick=options.quick, seed=options.seed)
-    except (ModuleNotFoundError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return commands.status(parser, lambda: run(options.names, options.out, quick=options.quick, seed=options.seed))
 
 
 def run(names: Sequence[str], out: Path, *, quick: bool = False, seed: int = 0) -> None:
@@ -69,12 +56,9 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False, seed: int = 0) 
         ModuleNotFoundError: matplotlib is not installed.
         OSError: a file cannot be written.
     """
-    if find_spec("matplotlib") is None:  # before the work, not after it
-        raise ModuleNotFoundError("the figures need matplotlib; pip install 'lamkernels[demo]'")
+    commands.need("matplotlib")
     controls = {name: replace(values.quick() if quick else values, seed=seed) for name, values in CONTROLS.items()}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with commands.one_thread():
         for name in names:
             start = time.perf_counter()
             if name == "controls":
@@ -84,12 +68,22 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False, seed: int = 0) 
                 compute, draw = EXPERIMENTS[name]
                 rows = compute(controls[name])
                 png = draw(rows)
-            write_text(out / f"{name}.csv", to_csv(rows))
-            with replacing(out / f"{name}.png") as path:
-                path.write_bytes(png)
-            print(f"{out / name}.csv, .png: {len(rows)} rows, {time.perf_counter() - start:.1f} s")
-    finally:
-        torch.set_num_threads(threads)
+            write(out / name, rows, png, start)
+
+
+def write(place: Path, rows: Sequence[Row], png: bytes, start: float) -> None:
+    """Writes the rows of an experiment to ``place``.csv and its figure to ``place``.png, and says so.
+
+    Args:
+        place: folder and name.
+        rows: see :func:`to_csv`.
+        png: the figure.
+        start: ``time.perf_counter()`` at the start of the experiment.
+    """
+    write_text(place.with_name(f"{place.name}.csv"), to_csv(rows))
+    with replacing(place.with_name(f"{place.name}.png")) as path:
+        path.write_bytes(png)
+    print(f"{place}.csv, .png: {len(rows)} rows, {time.perf_counter() - start:.1f} s")
 
 
 def to_csv(rows: Sequence[Row]) -> str:

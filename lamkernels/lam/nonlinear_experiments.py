@@ -7,24 +7,21 @@ and a run that was stopped goes on behind the last one.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from lamkernels.lam import nonlinear_figures
+from lamkernels.lam import commands, nonlinear_figures
 from lamkernels.lam.blocks import SampleMoments
-from lamkernels.lam.experiments import to_csv
-from lamkernels.lam.files import replacing, write_text
+from lamkernels.lam.experiments import write
+from lamkernels.lam.files import write_text
 from lamkernels.lam.linear import LinearLAM
 from lamkernels.lam.linear_experiments import Controls, Data, Row, measure, weakest
 from lamkernels.lam.linear_metrics import pair_inconsistency, probe_r2
@@ -125,8 +122,7 @@ class Runner:
     def run(self, point: Point) -> Row:
         """The numbers of one model: exogenous leakage, action recovery and inconsistency, on held-out transitions."""
         data = self._data(point)
-        weakest_action = weakest(self.controls.linear)
-        row: Row = {**asdict(point), "ratio": point.eps_variance / weakest_action}
+        row: Row = {**asdict(point), "ratio": point.eps_variance / weakest(self.controls.linear)}
         measured = self._linear(data, point.remedy) if point.bottleneck == "linear" else self._trained(data, point)
         return {**row, **measured}
 
@@ -139,24 +135,24 @@ class Runner:
 
     def _linear(self, data: Data, remedy: str) -> Row:
         """The closed form on the population."""
+        weight, P = self.controls.weight, self._projection(data, remedy, sampled=False)
         options: dict[str, dict[str, Any]] = {
-            "none": {},
-            "action supervision": {"action_weight": self.controls.weight},
-            "10 % labelled": {"action_weight": self.controls.weight},
-            "optical flow": {"flow_weight": self.controls.weight},
-            "representation": {"representation": _without_background(data)},
-            "multi-step": {"representation": multi_step_projection(data.population)},
+            "action supervision": {"action_weight": weight},
+            "10 % labelled": {"action_weight": weight},
+            "optical flow": {"flow_weight": weight},
             "cross-view": {"cross_view": True, "gain_rtol": 0.01},
         }
         (k,) = self.controls.linear.latent_dim
-        found = measure(LinearLAM(k, **options[remedy]).fit(data.population), data.population)
+        model = LinearLAM(k, representation=P, **options.get(remedy, {})).fit(data.population)
+        found = measure(model, data.population)
         return {name: found[name] for name in ("leakage", "recovery", "inconsistency")}
 
     def _trained(self, data: Data, point: Point) -> Row:
         controls = self.controls
         rows, held_out = ({name: block.float() for name, block in part.items()} for part in data.samples)
         (k,) = controls.linear.latent_dim
-        P = self._projection(data, point.remedy)
+        found = self._projection(data, point.remedy, sampled=True)
+        P = None if found is None else found.float()
         transitions, weight = self._transitions(rows, point.remedy, P)
         model = train_vector_lam(
             transitions, k, point.bottleneck, auxiliary_weight=weight, codebook_size=controls.codebook_size,
@@ -170,15 +166,16 @@ class Runner:
             "inconsistency": pair_inconsistency(test),
         }
 
-    def _projection(self, data: Data, remedy: str) -> Tensor | None:
-        """What o and o' are replaced by, (r, d) fp32."""
-        if remedy == "representation":
-            return _without_background(data).float()
-        if remedy == "multi-step":
+    def _projection(self, data: Data, remedy: str, *, sampled: bool) -> Tensor | None:
+        """What o and o' are replaced by, (r, d) fp64: from the population, or from the labelled sample."""
+        if remedy == "representation":  # I − F F⁺ leaves what is endogenous
+            F = data.world.F
+            return torch.eye(len(F), dtype=F.dtype) - F @ F.pinverse()
+        if remedy == "multi-step" and sampled:
             rows, _ = data.samples
-            few = SampleMoments(**{name: rows[name] for name in ("o", "o_ahead", "a")})
-            return multi_step_projection(few, rtol=self.controls.linear.truncation).float()
-        return None
+            labelled = SampleMoments(**{name: rows[name] for name in ("o", "o_ahead", "a")})
+            return multi_step_projection(labelled, rtol=self.controls.linear.truncation)
+        return multi_step_projection(data.population) if remedy == "multi-step" else None
 
     def _transitions(self, rows: dict[str, Tensor], remedy: str, P: Tensor | None) -> tuple[Transitions, float]:
         o, o_next = (rows[name] if P is None else rows[name] @ P.mT for name in ("o", "o_next"))
@@ -202,12 +199,6 @@ class Runner:
         return SampleMoments(**known, z=latent("o", "o_next"), z_view=latent("o_view", "o_next_view"))
 
 
-def _without_background(data: Data) -> Tensor:
-    """I − F F⁺, (d, d): the endogenous representation."""
-    F = data.world.F
-    return torch.eye(len(F), dtype=F.dtype) - F @ F.pinverse()
-
-
 def rows_of(controls: NonlinearControls, journal: Path | None = None, *, progress: bool = False) -> list[Row]:
     """All rows of an experiment, on one thread: the same controls give the same numbers.
 
@@ -220,15 +211,16 @@ def rows_of(controls: NonlinearControls, journal: Path | None = None, *, progres
     Returns:
         A row for each of :func:`points`, in their order.
     """
+    from tqdm import tqdm
+
     head = json.dumps(asdict(controls))
     known: dict[str, Row] = {}
     if journal is not None:
         known = _read_journal(journal, head)
         if not known:
             write_text(journal, head + "\n")
-    runner, found, threads = Runner(controls), [], torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    runner, found = Runner(controls), []
+    with commands.one_thread():
         for point in tqdm(list(points(controls)), unit="model", disable=not progress):
             key = json.dumps(asdict(point))
             if key not in known:
@@ -237,8 +229,6 @@ def rows_of(controls: NonlinearControls, journal: Path | None = None, *, progres
                     with journal.open("a") as lines:
                         lines.write(json.dumps([key, known[key]]) + "\n")
             found.append(known[key])
-    finally:
-        torch.set_num_threads(threads)
     return found
 
 
@@ -257,23 +247,14 @@ def _read_journal(journal: Path, head: str) -> dict[str, Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the experiments that are named, all without a name; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lamkernels.lam.nonlinear_experiments",
-        description="Nonlinear latent action models beside the closed form of the linear one: NAME.csv and NAME.png.",
+    parser = commands.parser(
+        "lamkernels.lam.nonlinear_experiments",
+        "Nonlinear latent action models beside the closed form of the linear one: NAME.csv and NAME.png.",
+        "nonlinear-lam",
+        tuple(CONTROLS),
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(CONTROLS)}; default: all")
-    parser.add_argument("--out", type=Path, default=Path("nonlinear-lam"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="fewer points, seeds, samples and steps")
     options = parser.parse_args(argv)
-    unknown = [name for name in options.names if name not in CONTROLS]
-    if unknown:
-        parser.error(f"NAME is {unknown[0]!r}; it must be one of {', '.join(map(repr, CONTROLS))}")
-    try:
-        run(options.names or tuple(CONTROLS), options.out, quick=options.quick)
-    except (ModuleNotFoundError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return commands.status(parser, lambda: run(options.names, options.out, quick=options.quick))
 
 
 def run(names: Sequence[str], out: Path, *, quick: bool = False) -> None:
@@ -288,18 +269,14 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False) -> None:
         ModuleNotFoundError: matplotlib or tqdm is not installed.
         OSError: a file cannot be written.
     """
-    if any(find_spec(name) is None for name in ("matplotlib", "tqdm")):  # before the work, not after it
-        raise ModuleNotFoundError("the experiments need matplotlib and tqdm; pip install 'lamkernels[demo]'")
+    commands.need("matplotlib", "tqdm")
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         start = time.perf_counter()
         controls, journal = CONTROLS[name].quick() if quick else CONTROLS[name], out / f"{name}.jsonl"
         rows = rows_of(controls, journal, progress=sys.stderr.isatty())
-        write_text(out / f"{name}.csv", to_csv(rows))
-        with replacing(out / f"{name}.png") as path:
-            path.write_bytes(DRAW[name](rows))
+        write(out / name, rows, DRAW[name](rows), start)
         journal.unlink()
-        print(f"{out / name}.csv, .png: {len(rows)} rows, {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

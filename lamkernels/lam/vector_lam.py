@@ -93,7 +93,7 @@ class VectorLAM(nn.Module):
         self, o: Tensor, o_next: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         context = o if context is None else context
-        z, _, loss = self.bottleneck(self.norm(self.encoder(torch.cat([o, o_next], 1))))
+        z, loss = self._latent(o, o_next)
         known = torch.cat([context, z], 1)
         auxiliary = known[:, :0] if self.auxiliary is None else self.auxiliary(known)
         return self.skip(context) + self.decoder(known), z, auxiliary, loss
@@ -103,9 +103,13 @@ class VectorLAM(nn.Module):
         """The latent actions (N, k), in evaluation mode."""
         training = self.training
         self.eval()
-        z: Tensor = self.bottleneck(self.norm(self.encoder(torch.cat([o, o_next], 1))))[0]
+        z, _ = self._latent(o, o_next)
         self.train(training)
         return z
+
+    def _latent(self, o: Tensor, o_next: Tensor) -> tuple[Tensor, Tensor]:
+        z, _, loss = self.bottleneck(self.norm(self.encoder(torch.cat([o, o_next], 1))))
+        return z, loss
 
 
 def _perceptron(inputs: int, hidden: int, outputs: int) -> nn.Module:

@@ -19,8 +19,9 @@ from lamkernels.ops.simd import computed_type, fetch_add, narrow, stored_type, w
 # quantized or 0, 8 N, 9 K, 10 D, 11 to 13 its strides, 14 gradient of the commitment loss (H,), 15 of the codebook loss
 # (H,), 16 rows that are in (H,), 17 residual sums, 18 gradient of x, 19 of the codebook, 20 H, 21 chunk, 22 noise
 # (H, N, D) or 0, 23 what the noise sends to the codes, negated (H, N, D), or 0 where the task of the rows subtracts it,
-# 24 cosine, 25 rotation, 26 to 28 groups of rows of x, as 19 to 21 of the lookup, 29 and 30 the bits of what the
-# gradients of the two losses are multiplied by, as fp64
+# 24 cosine, 25 rotation, 26 to 28 groups of rows of x, as 19 to 21 of the lookup, LOSS_WEIGHTS and the next the bits of
+# what the gradients of the two losses are multiplied by, as fp64
+LOSS_WEIGHTS = 29
 BACKWARD = 31
 BACKWARD_CHUNK = 1 << 16  # entries of x in a task
 GATHERED = 1 << 12  # entries of x that are gathered at a time
@@ -50,9 +51,9 @@ def _backward_chunks(p, stored, computed):
         scale = 2.0 / (np.float64(max(inside, 1)) * np.float64(dim))
         if task % chunks == chunks - 1:
             if not pulling:
-                _send_to_codes(a, head, scale * weights[30], pulls, computed)
+                _send_to_codes(a, head, scale * weights[LOSS_WEIGHTS + 1], pulls, computed)
             continue
-        weight = narrow(scale * weights[29] * elements(a[14], head, 1, computed)[0], computed)
+        weight = narrow(scale * weights[LOSS_WEIGHTS] * elements(a[14], head, 1, computed)[0], computed)
         indices = elements(a[6], head * rows, rows, np.int64(0))
         stop = min(first + chunk, rows)
         if flat:
@@ -85,7 +86,7 @@ def _backward_chunks(p, stored, computed):
                 else:
                     _general_row(a, (head * rows + n) * dim, row, weight, scratch, stored, computed)
             if pulling:
-                _send_to_codes(a, head, scale * weights[30], pulls, computed)
+                _send_to_codes(a, head, scale * weights[LOSS_WEIGHTS + 1], pulls, computed)
 
 
 @njit(**FLAGS)

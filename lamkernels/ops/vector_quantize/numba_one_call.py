@@ -22,6 +22,7 @@ from lamkernels.ops.code_statistics.numba import sum_rows
 from lamkernels.ops.nearest_code.numba import LOOKUP, row_strides
 from lamkernels.ops.parallel import HUGE, MIN_WORK_PER_THREAD, empty, run
 from lamkernels.ops.vector_quantize.numba import QUANTIZE
+from lamkernels.ops.vector_quantize.numba_backward import LOSS_WEIGHTS
 from lamkernels.ops.vector_quantize.numba_plan import AVERAGES, LOSS_WEIGHT, BackwardArray, ForwardArray, Plan, plan
 from lamkernels.ops.vector_quantize.op import vector_quantize_backward
 
@@ -346,7 +347,7 @@ def _in_one_call(
         on_codes = _of_heads(grad_codebook_loss, plan.heads, ctx.computed)
     array[14], array[15] = on_rows.data_ptr(), on_codes.data_ptr()
     if weights != (1.0, 1.0):
-        (ctypes.c_double * 2).from_buffer(array, 8 * 29)[:] = [*weights]
+        (ctypes.c_double * 2).from_buffer(array, 8 * LOSS_WEIGHTS)[:] = [*weights]
     rows_in: Any = ctypes.c_int64(ctx.rows_in)
     if plan.heads > 1:
         rows_in = (ctypes.c_int64 * plan.heads)(*[ctx.rows_in] * plan.heads)

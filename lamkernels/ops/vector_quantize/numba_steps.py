@@ -15,7 +15,7 @@ from torch import Tensor
 from lamkernels.ops.nearest_code.numba import Strides
 from lamkernels.ops.parallel import run
 from lamkernels.ops.vector_quantize.numba import THROUGH
-from lamkernels.ops.vector_quantize.numba_backward import BACKWARD_CHUNK
+from lamkernels.ops.vector_quantize.numba_backward import BACKWARD_CHUNK, LOSS_WEIGHTS
 from lamkernels.ops.vector_quantize.numba_one_call import (
     NO_STATISTICS,
     ZERO,
@@ -172,6 +172,6 @@ def _pull_to_codes(ctx: Any, x: Tensor, quantized: Tensor, indices: Tensor, grad
     array[14], array[15] = grad_loss.data_ptr(), ZERO[x.dtype].data_ptr()
     rows_in = ctypes.c_int64(rows)
     array[16], array[18], array[20], array[26] = ctypes.addressof(rows_in), grad_x.data_ptr(), 1, 0
-    ctypes.c_double.from_buffer(array, 8 * 29).value = ctx.commitment
+    ctypes.c_double.from_buffer(array, 8 * LOSS_WEIGHTS).value = ctx.commitment
     run(ctx.plan.kernel_backward, ctypes.addressof(array), -(-rows // chunk) + 1, 4 * x.numel())
     return grad_x

@@ -1,0 +1,71 @@
+"""What the commands of the experiments share: options, one thread, files, exit status."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+
+def parser(module: str, description: str, out: str, names: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Options ``--out`` and ``--quick`` of ``python -m module`` and, of several experiments, their names.
+
+    Args:
+        module: that is run.
+        description: what it writes.
+        out: the default folder.
+        names: of the experiments; the parsed ``names`` are some of them, all where none is given.
+    """
+    made = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    if names:
+
+        def name(text: str) -> str:
+            if text not in names:
+                allowed = ", ".join(map(repr, names))
+                raise argparse.ArgumentTypeError(f"NAME is {text!r}; it must be one of {allowed}")
+            return text
+
+        made.add_argument(
+            "names", nargs="*", type=name, default=tuple(names), metavar="NAME",
+            help=f"{', '.join(names)}; default: all",
+        )  # fmt: skip
+    made.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="default: %(default)s")
+    made.add_argument("--quick", action="store_true", help="fewer points, seeds, samples and steps")
+    return made
+
+
+def status(made: argparse.ArgumentParser, work: Callable[[], None]) -> int:
+    """Works, and returns the exit status: what is missing or cannot be written is one line on stderr."""
+    try:
+        work()
+    except (ModuleNotFoundError, OSError) as error:
+        print(f"{made.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def need(*modules: str) -> None:
+    """Before the work, not after it.
+
+    Raises:
+        ModuleNotFoundError: one of the modules is not installed.
+    """
+    absent = [module for module in modules if find_spec(module) is None]
+    if absent:
+        raise ModuleNotFoundError(f"the experiments need {' and '.join(absent)}; pip install 'lamkernels[demo]'")
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread: small matrices gain nothing from more, and sums have one order on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
