@@ -138,6 +138,21 @@ def at(typingctx: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typingctx: Any, pointer: Any) -> Any:
+    """Asks for the cache line at an address, which need not exist."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        hints = (ir.Constant(I32, hint) for hint in (0, 3, 1))  # a read, into every cache, of data
+        builder.call(function, [builder.bitcast(args[0], byte), *hints])
+        return context.get_dummy_value()
+
+    return types.void(pointer), codegen
+
+
+@intrinsic
 def widen(typingctx: Any, value: Any) -> Any:
     """A stored scalar as the type it is computed in."""
     computed = types.float32 if value in (BF16, F16) else value
@@ -240,14 +255,6 @@ def pack(
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         x, stride, dim, mean, limit, out, step, bad, square = args
         x = builder.bitcast(x, stored.as_pointer())
-        prefetch = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32]),
-            "llvm.prefetch.p0",
-        )
-        ahead = builder.mul(
-            stride, ir.Constant(I64, VECTORS * width)
-        )  # the rows of the next tile, which need not exist
         # in turns: the sum of one column need not wait for that of the column before
         squares = [cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for _ in range(CHAINS)]
 
@@ -265,8 +272,6 @@ def pack(
             row, rows = builder.gep(x, [d]), []
             for _ in range(width):
                 rows.append(row)
-                soon = builder.bitcast(builder.gep(row, [ahead]), ir.IntType(8).as_pointer())
-                builder.call(prefetch, [soon, *(ir.Constant(I32, hint) for hint in (0, 3, 1))])  # a read, of data
                 row = builder.gep(row, [stride])
             emit(d, _transposed(builder, rows, storage, 16 // itemsize))
         with cgutils.for_range_slice(builder, whole, dim, ir.Constant(I64, 1)) as (d, _):

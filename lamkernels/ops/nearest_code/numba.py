@@ -28,6 +28,7 @@ from lamkernels.ops.simd import (
     micro,
     micro_runner_up,
     pack,
+    prefetch,
     stored_type,
     view,
     widen,
@@ -198,13 +199,15 @@ def scan(x, stride, codebook, codes, options, scratch, out):
             pack(row, step, dim, at(codes.mean, 0), codes.limit[0], to, rows, at(bad, lane), at(square, lane))
         if fits:
             found = at(best, i * rows), at(index, i * rows), at(second, i * rows)
-            _score(at(packed, t), codes.packed, codes.half_norm, dim, 0, codes.finite.shape[0], exact, found)
+            ahead = x, (i + 1) * rows * stride, stride, -(-rows * TILE // codes.finite.shape[0])
+            _score(at(packed, t), codes.packed, codes.half_norm, dim, 0, codes.finite.shape[0], exact, found, ahead)
     if not fits:
         for start in range(0, codes.finite.shape[0], panel):
             stop = min(start + panel, codes.finite.shape[0])
             for i in range(tiles):
                 found = at(best, i * rows), at(index, i * rows), at(second, i * rows)
-                _score(at(packed, i * rows * dim), codes.packed, codes.half_norm, dim, start, stop, exact, found)
+                ahead = x, 0, 0, 0
+                _score(at(packed, i * rows * dim), codes.packed, codes.half_norm, dim, start, stop, exact, found, ahead)
     if not euclidean:  # products that may underflow, in a score that nothing else is added to
         tiny = 1e-300 if best.itemsize == 8 else 1e-74
         for n in range(tiles * rows):
@@ -235,14 +238,21 @@ def _repeated(x, stride, dim, count, rows):
 
 
 @njit(inline="always", **FLAGS)  # a call would pass its arguments through memory, for every tile
-def _score(tile, packed_codes, half_norm, dim, start, stop, exact, found):
-    """A packed tile of rows against the codes [start, stop)."""
+def _score(tile, packed_codes, half_norm, dim, start, stop, exact, found, ahead):
+    """A packed tile of rows against the codes [start, stop), while the rows of the next tile are fetched.
+
+    ahead: where these are, their stride, and how many to fetch beside each tile of codes.
+    """
     best, index, second = found
-    if exact:
-        for k in range(start, stop, TILE):
+    x, first, stride, count = ahead
+    line = 64 // x.itemsize
+    for k in range(start, stop, TILE):
+        for n in range(k // TILE * count, (k // TILE + 1) * count):
+            for d in range(0, dim, line):
+                prefetch(at(x, first + n * stride + d))
+        if exact:
             micro_runner_up(tile, at(packed_codes, k * dim), at(half_norm, k), dim, k, best, index, second)
-    else:
-        for k in range(start, stop, TILE):
+        else:
             micro(tile, at(packed_codes, k * dim), at(half_norm, k), dim, k, best, index)
 
 
