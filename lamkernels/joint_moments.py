@@ -131,7 +131,7 @@ def off_diagonal_covariance_loss(x: Tensor, *, backend: Backend = "auto") -> Ten
     if x.shape[0] < 2:
         raise ValueError(f"x has {x.shape[0]} rows; a covariance needs at least 2")
     if is_plain(x) and resolve(backend, "cpu") == "numba":
-        loss: Tensor = _OffDiagonalLoss.apply(x)
+        loss: Tensor = _OffDiagonalLoss.apply(x)  # type: ignore[no-untyped-call]
         return loss
     weight, _, _, xx, _, _ = moments(x, backend=backend)
     return _off_diagonal(weight, xx)[0].to(_loss_dtype(x))
@@ -168,7 +168,8 @@ class _OffDiagonalLoss(torch.autograd.Function):
         x, mean, above = ctx.saved_tensors
         if torch.is_grad_enabled():  # it is differentiated again
             weight, _, _, xx, _, _ = moments(x)
-            (again,) = torch.autograd.grad(_off_diagonal(weight, xx)[0].to(grad), x, grad, create_graph=True)
+            loss = _off_diagonal(weight, xx)[0].to(grad)
+            again: Tensor = torch.autograd.grad(loss, x, grad, create_graph=True)[0]
             return again
         computed = _loss_dtype(x)
         near = mean.to(computed)
@@ -179,7 +180,7 @@ class _OffDiagonalLoss(torch.autograd.Function):
         gradient = torch.addmm(rest, centred, matrix.to(computed))
         if ctx.weight < len(x):
             gradient.masked_fill_(~x.isfinite().all(1, keepdim=True), 0.0)
-        return gradient.to(x.dtype)
+        return gradient.type_as(x)
 
 
 def _check_rows(name: str, rows: Tensor) -> None:

@@ -79,7 +79,8 @@ def _finite(rows: Tensor) -> Tensor:
     """Which rows (H, N, D) have finite entries only, (H, N)."""
     if rows.shape[-1] == 0:
         return rows.new_ones(rows.shape[:2], dtype=torch.bool)
-    return torch.linalg.vector_norm(rows, torch.inf, -1) < torch.inf  # in one pass, unlike isfinite().all()
+    largest: Tensor = torch.linalg.vector_norm(rows, torch.inf, -1)  # in one pass, unlike isfinite().all()
+    return largest < torch.inf
 
 
 def _centred(rows: Tensor, mean: Tensor, inside: Tensor, computed: torch.dtype) -> Tensor:
