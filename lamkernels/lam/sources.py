@@ -323,7 +323,7 @@ def _package(module: str, package: str, path: Path) -> Any:
 def _parquet(path: Path, choose: Callable[[Iterable[str]], dict[str, str]], entries: int) -> Iterator[Part]:
     """Columns of numbers, or of lists of numbers."""
     parquet = _package("pyarrow.parquet", "pyarrow", path)
-    with parquet.ParquetFile(path) as file:
+    with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         chosen = choose(file.schema_arrow.names)
         # only the data know the length of a list: the first row says how many rows make a batch
         first = next(file.iter_batches(1, columns=[chosen["rows"]]), None)
