@@ -150,9 +150,7 @@ def test_statistics_of_given_indices(host: Host) -> None:
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
 def test_a_step_with_its_averages_is_that_of_the_module(host: Host, dtype: torch.dtype) -> None:
     for rows, codes, dim in ((64, 8, 32), (200, 70, 10), (0, 3, 4)):
-        vq = lk.VectorQuantize(
-            dim, codes, decay=0.7, eps=1e-3, commitment_weight=0.3, backend="reference"
-        )
+        vq = lk.VectorQuantize(dim, codes, decay=0.7, eps=1e-3, commitment_weight=0.3, backend="reference")
         ours = tuple(t.clone() for t in (vq.codebook, vq.cluster_size, vq.code_sums))
         for step in range(3):
             x = torch.randn(2, rows // 2, dim).to(dtype)
@@ -181,3 +179,144 @@ def test_a_step_is_two_launches(host: Host) -> None:
     quantized, _, loss = cuda.ema_step(x, (codebook, torch.ones(5), codebook.clone()), "default", (0.8, 1e-5), 1.0)
     (quantized.sum() + loss).backward()
     assert host.launches == ["vector_quantize_fwd", "vector_quantize_bwd"]
+
+
+class FakeCuPy(types.ModuleType):
+    """As much of CuPy as a launch uses, over the kernels on the CPU; ``raw`` are the modules that were compiled."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__("cupy")
+        self.host, self.raw, self.entered = host, [], 0
+        stream = type("Stream", (), {"from_external": staticmethod(self._stream)})
+        self.cuda = types.SimpleNamespace(Stream=stream)
+
+    def RawModule(self, *, code: str, options: tuple[str, ...]) -> Any:
+        self.raw.append((code, options))
+        dtypes = tuple(
+            next(t for t, name in cuda_common.TYPES.items() if f"-D{side}_TYPE={name}" in options) for side in "XC"
+        )
+
+        def function(name: str) -> Any:
+            kernel = mock.Mock()
+
+            def call(grid: tuple[int], block: tuple[int], arguments: tuple[Any], *, shared_mem: int) -> None:
+                assert self.entered == 1 and block == (cuda_common.THREADS,) and arguments[0].size == 1
+                assert shared_mem <= 48 * 1024 or shared_mem <= kernel.max_dynamic_shared_size_bytes
+                self.host.launch(
+                    name, "vector_quantize.cu", dtypes, *grid, arguments[0].tobytes(), shared_mem, torch.device("cpu")
+                )
+
+            kernel.side_effect = call
+            return kernel
+
+        return types.SimpleNamespace(get_function=function)
+
+    def _stream(self, stream: Any) -> Any:
+        assert stream.cuda_stream == 7
+        return self
+
+    def __enter__(self) -> None:
+        self.entered += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.entered -= 1
+
+
+@pytest.fixture
+def fake_gpu(host: Host) -> Iterator[FakeCuPy]:
+    """A GPU whose kernels run on CPU tensors, behind everything that a launch calls."""
+    cupy, stream = FakeCuPy(host), mock.Mock(cuda_stream=7, device_index=0)
+    cached = (cuda_common._function, cuda_common._stream, cuda_common._tickets)
+    with (
+        mock.patch.dict("sys.modules", {"cupy": cupy}),
+        mock.patch.object(cuda, "launch", cuda_common.launch),
+        mock.patch.object(cuda, "tickets", cuda_common.tickets),
+        mock.patch.object(torch.cuda, "current_stream", lambda *_: stream),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+        mock.patch.object(torch.cuda, "device"),
+    ):
+        yield cupy
+    for function in cached:
+        function.cache_clear()
+
+
+def test_a_launch_goes_through_cupy(fake_gpu: FakeCuPy) -> None:
+    x, codebook = rows_and_codes(70, 64, 240, (SINGLE, SINGLE))
+    want = reference.vector_quantize(x, codebook, None, None, "l2", "default", "ste")
+    for _ in range(2):
+        assert_quantized_like(cuda.vector_quantize(x, codebook, None, None, "l2", "default", "ste"), want)
+    ((code, options),) = fake_gpu.raw  # compiled once
+    assert code == (SOURCES / cuda.SOURCE).read_text() and "--fmad=false" in options
+
+
+def test_launches_share_a_ticket_only_where_they_follow_each_other() -> None:
+    tickets = cuda_common.Tickets(torch.device("cpu"))
+    first, again, other, more = (tickets.take(h, s, False) for h, s in ((1, 7), (1, 7), (1, 8), (3, 7)))
+    assert first == again and len({first, other, more}) == 3
+    captured = [tickets.take(2, 7, True) for _ in range(3)]
+    assert captured[1] - captured[0] == captured[2] - captured[1] == 8 and captured[0] > more
+    with pytest.raises(RuntimeError, match="tickets"):
+        tickets.take(cuda_common.SLOTS, 7, True)
+
+
+def test_what_it_cannot_do_is_said() -> None:
+    x, codebook = torch.randn(1, 10, 4), torch.randn(1, 3, 4)
+    for arguments, message in (
+        ((x.double(), codebook.double(), None, None, "l2", "default", "ste"), "float64"),
+        ((x, codebook, None, None, "cosine", "default", "ste"), "'cosine'"),
+        ((x, codebook, None, None, "l2", "default", "rotation"), "'rotation'"),
+        ((x, torch.randn(1, 300, 4), None, None, "l2", "default", "ste"), "300"),
+        ((torch.randn(1, 5, 900), torch.randn(1, 60, 900), None, None, "l2", "default", "ste"), "shared memory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cuda.vector_quantize(*arguments)
+    available, reason = lk.available_backends()["cuda"]
+    if not torch.cuda.is_available():
+        assert not available and "no CUDA device" in reason
+        with pytest.raises(RuntimeError, match="'cuda' cannot run here"):
+            lk.nearest_code(x[0], codebook[0], backend="cuda")
+
+
+def test_why_it_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "7.5" in cuda_common.missing()
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "NVIDIA" in cuda_common.missing()
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with mock.patch.dict("sys.modules", {"cupy": None}):
+        assert "pip install cupy-cuda" in cuda_common.missing()
+    with mock.patch.dict("sys.modules", {"cupy": types.ModuleType("cupy")}):
+        assert cuda_common.missing() == ""
+
+
+def test_an_operator_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lk.backend, "resolve", lambda backend, device: backend)
+    with pytest.raises(ValueError, match="'cuda' has no kernel for covariance"):
+        lk.backend.load_kernel("covariance", "covariance", "cuda", torch.device("cuda"))
+    assert lk.backend.load_kernel("vector_quantize", "vector_quantize", "cuda", torch.device("cuda")) is (
+        cuda.vector_quantize
+    )
+
+
+def test_the_module_takes_the_one_launch_where_it_fits(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decides it, with a GPU's answers where it asks for one."""
+    vq, x = lk.VectorQuantize(8, 5, backend="cuda"), torch.randn(40, 8, requires_grad=True)
+    monkeypatch.setattr(lk.one_call, "resolve", lambda backend, device: backend)
+    monkeypatch.setattr(lk.one_call, "is_plain", lambda *tensors, device="cpu": device == "cuda")
+    averages = (vq.codebook, vq.cluster_size, vq.code_sums)
+    fits = lk.one_call.fits_one_launch
+    assert fits(x, *averages, backend="cuda")
+    assert not fits(x, *averages, backend="auto")
+    assert not fits(x.double(), *averages, backend="cuda")
+    assert not fits(x[:, :7], *averages, backend="cuda")
+    assert not fits(x, vq.codebook.double(), *averages[1:], backend="cuda")
+    assert not fits(x, *(torch.randn(5, 8).t().contiguous().t(), *averages[1:]), backend="cuda")
+    twin = lk.VectorQuantize(8, 5, backend="reference")
+    twin.load_state_dict(vq.state_dict())
+    host.launches.clear()
+    found, want = vq._step_in_one_launch(x), twin(x)
+    assert host.launches == ["vector_quantize_fwd"]
+    for a, b in zip((*found, *vq.state_dict().values()), (*want, *twin.state_dict().values()), strict=True):
+        torch.testing.assert_close(a, b)

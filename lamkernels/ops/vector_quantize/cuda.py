@@ -104,6 +104,7 @@ def launch_forward(
         base = kept.data_ptr()
         counts = base + 8 * losses + 4 * parts
         scratch = (base + 8 * losses, base, counts, tickets(x.device, heads))
+    starts = strides[0], strides[1], strides[3] if strides[2] > 1 else 0  # between the first entries of rows
     code_strides = (0, 0) if codebook is None else codebook.stride()[:2]
     arguments = pack(
         (
@@ -111,16 +112,14 @@ def launch_forward(
             rows, num_codes, dim, programs, *strides, *code_strides,
             *((0, 0) if mask is None else mask.stride()), *((0, 0) if given is None else given.stride()),
             metric == "dot", precision == "exact",
-            dim % 4 == 0 and strides[4] == 1 and _aligned(x, (strides[0], strides[1], strides[3] if strides[2] > 1 else 0)),
+            dim % 4 == 0 and strides[4] == 1 and _aligned(x, starts),
             codebook is not None and dim % 4 == 0 and _aligned(codebook, code_strides),
             lowest,
         ),
         (*averaging, weight),
     )  # fmt: skip
     dtypes = x.dtype, x.dtype if codebook is None else codebook.dtype
-    launch(
-        "vector_quantize_fwd", SOURCE, dtypes, heads * programs, arguments, shared_bytes(num_codes, dim), x.device
-    )
+    launch("vector_quantize_fwd", SOURCE, dtypes, heads * programs, arguments, shared_bytes(num_codes, dim), x.device)
 
 
 def vector_quantize(
