@@ -35,7 +35,7 @@ from .page import RESULTS
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 10.0  # seconds in which a part that is out of time writes what it has
 TAIL = 40  # lines of a part's output that its record keeps
-PROVIDERS = "triton,harness,flash-kmeans,flashlib,eager,compile,vqp,vqp-compile"
+PROVIDERS = "triton,cuda,harness,flash-kmeans,flashlib,eager,compile,vqp,vqp-compile"
 TOOLS = ("nvidia-smi", "nvcc", "compute-sanitizer", "cuobjdump")
 
 
