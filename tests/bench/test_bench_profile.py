@@ -9,7 +9,7 @@ from lamkernels.bench.peaks import Peaks
 from lamkernels.bench.step_models import SIZES, Sizes, cut, loss_of, make_model
 
 SMALL = {
-    "lapa": Sizes(batch=2, image=256, patch=32, dim=32, heads=2, depth=1, frozen=0),
+    "lapa": Sizes(batch=2, image=32, patch=4, dim=32, heads=2, depth=1, frozen=0),
     "univla": Sizes(batch=2, image=28, patch=14, dim=32, heads=2, depth=1, frozen=1),
 }
 
