@@ -12,7 +12,7 @@ constexpr int ROWS = 32;  // of a tile: a lane each
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
 constexpr unsigned ALL = 0xffffffffu;
-constexpr float INF = __builtin_huge_valf();
+#define INF __uint_as_float(0x7f800000u)
 constexpr double WORST = 1.7976931348623157e308;  // a score past fp64, still better than that of a code with a NaN
 
 struct f16 {

@@ -47,6 +47,7 @@ def test_every_kernel_compiles_without_spills_or_local_memory(
 ) -> None:
     defines = [f"-D{side}_TYPE={cuda_common.TYPES[dtype]}" for side, dtype in zip("XC", pair, strict=True)]
     for source in SOURCES.glob("*.cu"):
+        assert not re.search(r"#include|__builtin_", source.read_text()), "NVRTC, which compiles it, has neither"
         command = ["nvcc", "-std=c++17", "--fmad=false", "-cubin", f"-arch={target}", "-Xptxas=-v", *defines]
         done = subprocess.run(
             [*command, source, "-o", tmp_path / "out.cubin"], capture_output=True, text=True, check=True
