@@ -13,7 +13,20 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import compat, estimate, first_call, hard_data, labelling, one_pass, page, profile_step, report, screening, tune
+from . import (
+    compat,
+    covariance_error,
+    estimate,
+    first_call,
+    hard_data,
+    labelling,
+    one_pass,
+    page,
+    profile_step,
+    report,
+    screening,
+    tune,
+)
 from .providers import PROVIDERS
 from .runner import Settings, run
 from .step_models import SIZES
@@ -105,6 +118,7 @@ def _parser() -> _Parser:
     add("--estimate", type=_device, metavar="GPU", help="instead: the least cost on H200, A100, ..., without a GPU")
     add("--page", type=Path, metavar="PATH", help="instead: write the page of all committed results")
     add("--hard-data", action="store_true", help="instead: which codes each provider gives on data made to mislead it")
+    add("--covariance-error", action="store_true", help="instead: errors of covariances against fp64, on the CPU")
     add("--first-call", action="store_true", help="instead: what the first calls on the CPU cost")
     add("--one-pass", action="store_true", help="instead: what the forward costs beyond the lookup on the CPU")
     add("--compat", action="store_true", help="instead: the bottlenecks of LAPA, UniVLA, ..., plain and drop-in forms")
@@ -146,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _tune(parser, args, device, argv)
     if args.hard_data:
         return _hard_data(args.providers, argv, paths["json"])
+    if args.covariance_error:
+        return _covariance_error(argv, paths["json"])
     if args.first_call:
         return _first_call(argv, paths["json"])
     if args.labelling:
@@ -233,6 +249,13 @@ def _hard_data(providers: Sequence[str], argv: Sequence[str], path: Path | None)
     _write(path, argv, {"outcomes": [outcome._asdict() for outcome in found]})
     ours = [o for o in found if PROVIDERS[o.provider].kind != "peer"]
     return int(any(o.wrong or o.not_finite or o.error for o in ours))
+
+
+def _covariance_error(argv: Sequence[str], path: Path | None) -> int:
+    found = covariance_error.outcomes()
+    print(covariance_error.table(found))
+    _write(path, argv, {"errors": [outcome._asdict() for outcome in found]})
+    return int(any(outcome.error > 1e-7 for outcome in found if outcome.estimator in ("moments", '"exact"')))
 
 
 def _first_call(argv: Sequence[str], path: Path | None) -> int:
