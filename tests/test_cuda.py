@@ -158,7 +158,9 @@ def test_a_step_with_its_averages_is_that_of_the_module(host: Host, dtype: torch
             if rows and step == 1:
                 x[0, 3] = torch.nan
             left, right = x.clone().requires_grad_(), x.clone().requires_grad_()
+            versions = [t._version for t in ours]
             quantized, indices, loss = cuda.ema_step(left, ours, "default", (0.7, 1e-3), 0.3)
+            assert all(t._version > version for t, version in zip(ours, versions, strict=True))
             want = vq(right)
             torch.testing.assert_close(quantized, want[0], equal_nan=True)
             assert torch.equal(indices, want[1])

@@ -226,6 +226,7 @@ class _EmaStep(torch.autograd.Function):
             rows, codebook.unsqueeze(0), codebook.shape[0], out, precision=precision, lowest=0, averaging=rates,
             weight=weight,
         )  # fmt: skip
+        torch.autograd.graph.increment_version(averages)  # autograd notices the update by it
         ctx.save_for_backward(x, quantized, num_rows)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
