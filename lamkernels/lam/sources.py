@@ -41,7 +41,8 @@ class Batch(NamedTuple):
     """Rows that follow those of the batch before.
 
     Attributes:
-        rows: (N, D) float32: one frame or feature vector each, flattened; uint8 is scaled to [0, 1].
+        rows: (N, D) float32: one frame or feature vector each, flattened; uint8 is scaled to [0, 1]. From
+            :meth:`Source.frames` (N, 3, side, side) uint8.
         starts: (N,) bool: the first row of an episode. The first row of a file is one.
         actions: (N,) or (N, A), in the dtype of the file: what led from a row to the next; None where there are none.
         source: the file or the game.
@@ -115,12 +116,26 @@ class Source:
         Raises:
             ModuleNotFoundError: a kind of file needs a package that is not installed.
         """
+        return self._read(_as_rows)
+
+    def frames(self) -> Iterator[Batch]:
+        """Yields the batches of every file as pictures: rows (N, 3, side, side) uint8, RGB.
+
+        Videos and games are; of arrays those that are (T, H, W, C), (T, C, H, W) or, as grey levels, (T, H, W), uint8
+        or floating point in [0, 1]. Others are skipped. A fourth channel, of opacity, is left out.
+
+        Raises:
+            ModuleNotFoundError: a kind of file needs a package that is not installed.
+        """
+        return self._read(partial(_as_frames, side=self._side))
+
+    def _read(self, convert: Callable[[Tensor], Tensor]) -> Iterator[Batch]:
         self.skipped, width = [], None
         for source in self._sources:
             episode = None
             try:
                 for part in self._parts(source):
-                    rows = _as_rows(part["rows"])
+                    rows = convert(part["rows"])
                     width = width or rows.shape[1]
                     if rows.shape[1] != width:
                         raise ValueError(f"its rows have {rows.shape[1]} entries, those before have {width}")
@@ -222,6 +237,24 @@ def _as_rows(values: Tensor) -> Tensor:
         raise ValueError(f"its rows are {values.dtype} of shape {tuple(values.shape[1:])}")
     rows = values.reshape(len(values), -1).float()
     return rows / 255 if values.dtype == torch.uint8 else rows
+
+
+def _as_frames(values: Tensor, *, side: int) -> Tensor:
+    """Pictures (N, H, W), (N, H, W, C) or (N, C, H, W) -> (N, 3, side, side) uint8."""
+    planes = values[:, None] if values.ndim == 3 and values.dtype == torch.uint8 else values
+    if planes.ndim != 4 or not values.numel() or not {planes.shape[1], planes.shape[3]} & set(CHANNELS):
+        raise ValueError(
+            f"its rows are {values.dtype} of shape {tuple(values.shape[1:])}; frames are (H, W, C) or (C, H, W) with "
+            f"{', '.join(map(str, CHANNELS))} channels: features and vectors are for the linear model"
+        )
+    if planes.shape[1] not in CHANNELS or (planes.shape[3] in CHANNELS and planes.shape[1] > planes.shape[3]):
+        planes = planes.permute(0, 3, 1, 2)
+    if planes.dtype != torch.uint8:
+        if not planes.is_floating_point() or not bool(((planes >= 0) & (planes <= 1)).all()):
+            raise ValueError(f"its frames are {values.dtype}; they must be uint8, or floating point in [0, 1]")
+        planes = (255 * planes.float()).round().to(torch.uint8)
+    planes = planes.expand(-1, 3, -1, -1) if planes.shape[1] == 1 else planes[:, :3]
+    return planes if planes.shape[2:] == (side, side) else resize(planes, side)
 
 
 def _fitted(frames: Tensor, side: int) -> Tensor:
