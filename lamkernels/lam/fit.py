@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     del options["model"]
     out, restart, seconds = (options.pop(name) for name in ("out", "restart", "checkpoint_seconds"))
     try:
-        config = FitConfig(sources=tuple(expanded(options.pop("paths"))), **options)
+        sources = expanded(options.pop("paths"), rows=options["rows"], camera=options.pop("camera"))
+        config = FitConfig(sources=tuple(sources), **options)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     try:
@@ -119,13 +120,19 @@ def _parser() -> argparse.ArgumentParser:
         "nonlinear it trains the reference LAM on frames: lamkernels fit --model nonlinear --help.",
     )
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help=".npy, .npz, .safetensors, .parquet, videos, folders, atari:GAME")
+    add(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help=".npy, .npz, .safetensors, .parquet, videos, folders, LeRobot data sets, atari:GAME",
+    )
     add("--model", choices=("linear", "nonlinear"), default="linear", help="default: %(default)s")
     add("--latent-dim", type=int, default=8, metavar="K", help="default: %(default)s")
     add("--lag", type=int, default=1, metavar="H", help="rows from o to o'; default: %(default)s")
     add("--side", type=int, default=16, help="frames are resized to so many pixels squared; default: %(default)s")
     add("--rows", metavar="NAME", help="array or column of rows; default: rows, frames, features or observation.state")
     add("--actions", metavar="NAME", help="the same of the actions; default: actions or action")
+    add("--camera", metavar="NAME", help="of LeRobot data sets; default: the first")
     add("--num-actions", type=int, default=18, help="integer actions are below it; default: %(default)s, as Atari's")
     add("--action-weight", type=float, default=0.0, metavar="λ", help="of action supervision; default: %(default)s")
     add(

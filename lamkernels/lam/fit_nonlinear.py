@@ -63,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out, restart, seconds = (options.pop(name) for name in ("out", "restart", "checkpoint_seconds"))
     try:
         device = device_named(options["device"])
+        sources = expanded(options["paths"], rows=options["rows"], camera=options["camera"])
         config = NonlinearFitConfig(
-            frames=FramesConfig(sources=tuple(expanded(options["paths"])), **_chosen(FramesConfig, options)),
+            frames=FramesConfig(sources=tuple(sources), **_chosen(FramesConfig, options)),
             model=LAMConfig(size=options["side"], **_chosen(LAMConfig, options)),
             training=TrainConfig(**_chosen(TrainConfig, options)),
         )
@@ -97,7 +98,12 @@ def _parser() -> argparse.ArgumentParser:
         "batch.",
     )
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help="videos, folders of them, atari:GAME, arrays of images")
+    add(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="videos, folders of them, LeRobot data sets, arrays of images, atari:GAME",
+    )
     add("--model", choices=("linear", "nonlinear"), help=argparse.SUPPRESS)
     add("--steps", type=int, default=2000, help="of training; default: %(default)s")
     add("--batch-size", type=int, default=64, metavar="B", help="pairs of a step; default: %(default)s")
@@ -112,9 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--device", default="cpu", help="cpu or cuda[:N]; default: %(default)s")
     add("--amp", action="store_true", help="autocast to bfloat16")
-    add("--compile", action="store_true", help="torch.compile the model")
+    add("--compile", action="store_true", help="torch.compile the networks")
     add("--rows", metavar="NAME", help="array or column of frames; default: rows, frames")
     add("--actions", metavar="NAME", help="the same of the actions; default: actions or action")
+    add("--camera", metavar="NAME", help="of LeRobot data sets; default: the first")
     add("--num-actions", type=int, default=18, help="integer actions are below it; default: %(default)s, as Atari's")
     add("--cache-gib", type=float, default=4.0, metavar="G",
         help="frames are kept in DIR, at most so many GiB of them; default: %(default)s")  # fmt: skip
