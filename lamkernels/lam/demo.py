@@ -249,16 +249,7 @@ def _same_state(first: Trainer, second: Trainer) -> bool:
 def _describe_device(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         return {"type": "cuda", "name": torch.cuda.get_device_name(device), "threads": torch.get_num_threads()}
-    return {"type": "cpu", "name": _processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return {"type": "cpu", "name": measure.processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
 
 
 def _versions() -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Where the time of a training step goes: the share of each part, with the stock and with the fused bottleneck.
 
-``python -m lamkernels.lam.throughput --out DIR`` writes ``throughput.json`` and prints a table. A step is taken apart at
-the borders of its parts: each gets its input as a leaf, and its backward the gradient that the next one left, so that
-forward and backward of a part are timed together and the sum of the parts is the step.
+``python -m lamkernels.lam.throughput --out DIR`` writes ``throughput.json`` and prints a table. A step is taken apart
+at the borders of its parts: each gets its input as a leaf, and its backward the gradient that the next one left, so
+that forward and backward of a part are timed together and the sum of the parts is the step.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lamkernels.lam.commands import device_named
-from lamkernels.lam.compare import step_time_ms
 from lamkernels.lam.data import FrameData
 from lamkernels.lam.files import write_text
 from lamkernels.lam.measure import processor, seconds, synchronize
@@ -52,9 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         device = device_named(options.device)
-        model = LAMConfig(
-            tokens=options.tokens, latent_dim=options.latent_dim, codebook_size=options.codebook_size
-        )
+        model = LAMConfig(tokens=options.tokens, latent_dim=options.latent_dim, codebook_size=options.codebook_size)
         training = TrainConfig(steps=2 * (WARM_UP + options.steps), batch_size=options.batch_size, amp=options.amp)
         results = measure(model, training, options.steps, device)
     except ValueError as error:
@@ -83,7 +79,9 @@ def measure(model: LAMConfig, training: TrainConfig, steps: int, device: torch.d
     """
     device = torch.device(device)
     generator = torch.Generator().manual_seed(0)
-    frames = torch.randint(256, (FRAMES, model.channels, model.size, model.size), generator=generator, dtype=torch.uint8)
+    frames = torch.randint(
+        256, (FRAMES, model.channels, model.size, model.size), generator=generator, dtype=torch.uint8
+    )
     data = FrameData(frames, torch.full((FRAMES,), -1), torch.arange(FRAMES) == 0, (), training)
     trainers = {
         name: Trainer(replace(model, bottleneck=kind), data, training, device=device) for name, kind in KINDS.items()
@@ -122,7 +120,13 @@ def measure(model: LAMConfig, training: TrainConfig, steps: int, device: torch.d
 
 
 def step_in_parts(trainer: Trainer) -> dict[str, float]:
-    """One optimiser step, as :meth:`Trainer.train_step` takes it, part by part; the seconds of each."""
+    """One optimiser step, that of :meth:`Trainer.train_step` on one process, part by part; the seconds of each."""
+    with trainer.own_rng():
+        return _step_in_parts(trainer)
+
+
+def _step_in_parts(trainer: Trainer) -> dict[str, float]:
+    trainer.set_learning_rate()
     model, device, clock = trainer.model.train(), trainer.device, _Clock(trainer.device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=trainer.config.amp)
     frame, next_frame = (pixels.to(trainer.model.inverse_dynamics.head.weight.dtype) / 255
@@ -155,3 +159,31 @@ def step_in_parts(trainer: Trainer) -> dict[str, float]:
     clock.lap("optimiser")
     trainer.step += 1
     return clock.seconds
+
+
+class _Clock:
+    """Seconds by part; what the device was given to do is waited for at every border."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, dict.fromkeys(PARTS, 0.0)
+        synchronize(device)
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[part] += now - self._last
+        self._last = now
+
+
+def table(results: dict[str, Any]) -> str:
+    """Parts by variant, and the step as a whole."""
+    variants = results["variants"]
+    lines = [f"{'part':18}" + "".join(f"{name + ', ms':>12}{'share':>8}" for name in variants)]
+    for part in PARTS:
+        columns = (f"{found['parts_ms'][part]:12.3f}{found['share'][part]:8.1%}" for found in variants.values())
+        lines.append(f"{part:18}" + "".join(columns))
+    whole = (f"{found['step_ms']['median']:12.3f}{'':8}" for found in variants.values())
+    lines.append(f"{'whole step':18}" + "".join(whole))
+    lines.append("pairs per second: " + ", ".join(f"{name} {v['pairs_per_s']:.0f}" for name, v in variants.items()))
+    return "\n".join(lines)

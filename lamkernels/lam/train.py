@@ -133,9 +133,8 @@ class Trainer:
         """One optimiser step; its losses are appended to ``losses``, on the device: nothing waits for it."""
         frame, next_frame = self.batch(self.step)
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * self._schedule(self.step)
-        with self._own_rng():
+        self.set_learning_rate()
+        with self.own_rng():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
                 output: LAMOutput = self._shared(frame, next_frame)
             self.optimizer.zero_grad(set_to_none=True)
@@ -209,9 +208,11 @@ class Trainer:
             "device": self.device.type,
         }
 
-    def _schedule(self, step: int) -> float:
-        warm_up = max(1, self.config.steps // 20)
-        return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.config.steps)))
+    def set_learning_rate(self) -> None:
+        """Gives the optimiser the learning rate of the step that comes."""
+        warm_up, cosine = max(1, self.config.steps // 20), math.cos(math.pi * min(1.0, self.step / self.config.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * min(1.0, (self.step + 1) / warm_up) * 0.5 * (1 + cosine)
 
     def _cuda_devices(self) -> list[torch.device]:
         return [self.device] if self.device.type == "cuda" else []
@@ -223,7 +224,7 @@ class Trainer:
         return state
 
     @contextmanager
-    def _own_rng(self) -> Iterator[None]:
+    def own_rng(self) -> Iterator[None]:
         """Inside, torch's generators are those of this trainer."""
         with torch.random.fork_rng(devices=self._cuda_devices()):
             torch.set_rng_state(self._rng["cpu"])
