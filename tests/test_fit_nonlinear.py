@@ -151,9 +151,10 @@ def test_the_cache_is_limited_checked_and_resumed(tmp_path, monkeypatch):
     write_square(paths[0], 7)
     with pytest.raises(ValueError, match="a source has changed since; --restart forgets it"):
         cached_frames(config, tmp_path / "whole")
+    assert not torch.equal(cached_frames(config, tmp_path / "whole", restart=True).data.frames, resumed.data.frames)
 
 
-def test_a_killed_fit_resumes_to_the_same_bits(tmp_path):
+def test_a_killed_fit_resumes_to_the_same_bits(tmp_path, capsys):
     path, out = write_square(tmp_path / "a.npz", 0), tmp_path / "killed"
     arguments = [
         "fit",
@@ -183,6 +184,7 @@ def test_a_killed_fit_resumes_to_the_same_bits(tmp_path):
     killed, undisturbed = (load_tensors(f / "model.safetensors")[0] for f in (out, tmp_path / "undisturbed"))
     assert all(torch.equal(killed[name], undisturbed[name]) for name in undisturbed)
     assert main([*arguments, str(out), "--seed", "1"]) == 1  # a checkpoint of another training
+    assert "--restart forgets it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -50,15 +50,20 @@ def status(made: argparse.ArgumentParser, work: Callable[[], None]) -> int:
     return 0
 
 
-def need(*modules: str) -> None:
+def need(*modules: str, what: str = "the experiments", extra: str = "demo") -> None:
     """Before the work, not after it.
+
+    Args:
+        modules: that ``what`` needs.
+        what: needs them.
+        extra: of the package, that installs them.
 
     Raises:
         ModuleNotFoundError: one of the modules is not installed.
     """
     absent = [module for module in modules if find_spec(module) is None]
     if absent:
-        raise ModuleNotFoundError(f"the experiments need {' and '.join(absent)}; pip install 'lamkernels[demo]'")
+        raise ModuleNotFoundError(f"{what} need {' and '.join(absent)}; pip install 'lamkernels[{extra}]'")
 
 
 @contextlib.contextmanager

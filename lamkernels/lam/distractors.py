@@ -156,12 +156,13 @@ def background_videos(size: int, count: int, seed: int, folder: Path | str | Non
     """
     if folder is None:
         return [synthetic_video(size, (seed << 8) + number) for number in range(count)]
-    videos, reasons = [], []
+    videos: list[Tensor] = []
+    reasons: list[str] = []
     for path in expanded(folder):
         if len(videos) == count:
             break
         source, frames = Source(path, side=size), 0
-        parts = []
+        parts: list[Tensor] = []
         for batch in source.frames():
             parts.append(batch.rows[: CLIP - frames])
             frames += len(parts[-1])

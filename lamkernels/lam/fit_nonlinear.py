@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from lamkernels.lam.commands import device_named
+from lamkernels.lam.commands import device_named, need
 from lamkernels.lam.files import save_tensors, write_text
 from lamkernels.lam.fit import HELD_OUT, SEGMENT
 from lamkernels.lam.fit_nonlinear_report import encode, measure, summary, write_page
@@ -28,8 +28,6 @@ from lamkernels.lam.model import BOTTLENECKS, LAMConfig
 from lamkernels.lam.sources import expanded
 from lamkernels.lam.train import TrainConfig, Trainer
 from lamkernels.processes import Processes, process_group
-
-log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint-nonlinear.safetensors"
 CURVE_POINTS = 1000  # of a curve in the report
@@ -62,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(argv))
     out, restart, seconds = (options.pop(name) for name in ("out", "restart", "checkpoint_seconds"))
     try:
-        device = device_named(options["device"])
+        device = _own_device(options["device"])
         sources = expanded(options["paths"], rows=options["rows"], camera=options["camera"])
         config = NonlinearFitConfig(
             frames=FramesConfig(sources=tuple(sources), **_chosen(FramesConfig, options)),
@@ -83,6 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(summary(results))
         print(f"wrote {', '.join(str(out / name) for name in results['files'])}")
     return 0
+
+
+def _own_device(name: str) -> torch.device:
+    """The device of this process: of "cuda", under torchrun, the GPU with its local number."""
+    local = os.environ.get("LOCAL_RANK") if name == "cuda" else None
+    device = device_named(name if local is None else f"cuda:{local}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL's collectives are on the current one
+    return device
 
 
 def _chosen(kind: type, options: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         help="frames are kept in DIR, at most so many GiB of them; default: %(default)s")  # fmt: skip
     add("--out", type=Path, default=Path("fit-out"), metavar="DIR", help="default: ./fit-out")
     add("--checkpoint-seconds", type=float, default=60.0, metavar="S", help="between checkpoints; default: %(default)s")
-    add("--restart", action="store_true", help="forget an earlier fit in DIR")
+    add("--restart", action="store_true", help="train anew where DIR has a fit; frames are kept if they still fit")
     return parser
 
 
@@ -146,7 +153,7 @@ def fit_nonlinear(
         config: what to fit.
         out: folder of the results, the frames and the checkpoint, which a fit that was stopped goes on from.
         device: of the model.
-        restart: whether to forget these.
+        restart: whether to forget the checkpoint, and the frames where they are of other data.
         checkpoint_seconds: between two checkpoints.
         progress: show a progress bar.
 
@@ -158,6 +165,7 @@ def fit_nonlinear(
         OSError: a file cannot be written.
         ModuleNotFoundError: a package of the extra ``fit`` is missing.
     """
+    need("jinja2", "matplotlib", "safetensors", "tqdm", what="the fit and its page", extra="fit")
     start, processes = time.perf_counter(), Processes()
     cached = _frames(config, out, restart, checkpoint_seconds, processes)
     fitted, held_out, segment = split(cached)

@@ -118,7 +118,7 @@ def cached_frames(
     Args:
         config: what to read.
         folder: of the cache, two files.
-        restart: whether to forget an earlier one.
+        restart: whether to read anew where the cache is of other data, which is an error otherwise.
         checkpoint_seconds: between two savings of what has been read so far.
         read: False expects a whole cache, which another process has just made, and trusts it.
 
@@ -129,8 +129,8 @@ def cached_frames(
     folder.mkdir(parents=True, exist_ok=True)
     stamp = json.dumps({"format": FORMAT, "config": asdict(config), "files": file_stamps(config.sources)})
     index = _Index()
-    if (folder / INDEX).exists() and not restart:
-        index = _load(folder, stamp)
+    if (folder / INDEX).exists():
+        index = _load(folder, stamp, restart)
         if read and not _sound(folder / PIXELS, index, config.frame_bytes):
             log.warning("the cached frames in %s are damaged: reading the sources again", folder)
             index = _Index()
@@ -254,12 +254,16 @@ def _save(path: Path, stamp: str, index: _Index) -> None:
     save_tensors(path, tensors, {"stamp": stamp, "index": json.dumps(state)})
 
 
-def _load(folder: Path, stamp: str) -> _Index:
+def _load(folder: Path, stamp: str, restart: bool) -> _Index:
     try:
         tensors, metadata = load_tensors(folder / INDEX)
     except ValueError as error:
+        if restart:
+            return _Index()
         raise ValueError(f"{error}; --restart forgets it") from error
     if metadata.get("stamp") != stamp:
+        if restart:
+            return _Index()
         raise ValueError(f"{folder / INDEX} is of another fit, or a source has changed since; --restart forgets it")
     state: dict[str, Any] = json.loads(metadata["index"])
     parts = [Part(**part) for part in state["parts"]]

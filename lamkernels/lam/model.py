@@ -268,10 +268,12 @@ class LatentActionModel(nn.Module):
         frame, next_frame = self._pixels("frame", frame), self._pixels("next_frame", next_frame)
         latent, indices, bottleneck_loss = self.bottleneck(self.inverse_dynamics(frame, next_frame))
         prediction = frame + self.forward_model(frame, latent)
-        pixels = [prediction, next_frame, frame]
-        if self.training:  # no mean over the rows: its scale is that of the joined batch
-            pixels = [Processes().joined(part) for part in pixels]
-        loss = relative_motion_error(*pixels, self.config.motion_weight)
+        predicted, target, source = (
+            # no mean over the rows: its scale is that of the joined batch
+            Processes().joined(pixels) if self.training else pixels
+            for pixels in (prediction, next_frame, frame)
+        )
+        loss = relative_motion_error(predicted, target, source, self.config.motion_weight)
         return LAMOutput(prediction, latent, indices, loss, bottleneck_loss)
 
     def encode(self, frame: Tensor, next_frame: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -108,8 +108,8 @@ class Trainer:
             self._rng = self._rng_state()
         self._shared: nn.Module = self.model
         if config.compile:  # the networks: the bottleneck is fused as it is, and draws as it does without
-            self.model.inverse_dynamics.compile()  # type: ignore[no-untyped-call]
-            self.model.forward_model.compile()  # type: ignore[no-untyped-call]
+            self.model.inverse_dynamics.compile()
+            self.model.forward_model.compile()
         if self._processes.size > 1:
             # the model's buffers need no broadcast: they come from sums over the processes
             self._shared = nn.parallel.DistributedDataParallel(self._shared, broadcast_buffers=False)

@@ -26,7 +26,7 @@ def test_walks_stay_in_their_range_and_move_as_published(scale):
     still = distractors.colour_walk(40, 5, scale, generator(), dynamic=False)
     assert torch.equal(still, colours[:1].expand(5, -1, -1))
 
-    walks = [distractors.camera_walk(300, scale, generator(seed), dynamic=True, above=True) for seed in range(40)]
+    walks = [distractors.camera_walk(150, scale, generator(seed), dynamic=True, above=True) for seed in range(100)]
     walk = torch.stack(walks)
     quarter = scale * math.pi / 2
     for entry, (low, high) in enumerate([(-quarter, quarter), (0, quarter), (-0.5 * scale, 1.5 * scale)]):
@@ -79,7 +79,7 @@ def test_backgrounds_play_there_and_back(tmp_path):
     moved = (first[1:].float() - first[:-1].float()).abs().mean((1, 2, 3))
     assert moved.min() > 5 and moved.max() < 60  # it moves, and by less than between two videos
     state = distractors.background_state(first)
-    assert torch.equal(state[:, 5], first[:, :, 4:8, 4:8].double().mean((1, 2, 3)) / 255)
+    torch.testing.assert_close(state[:, 5], first[:, :, 4:8, 4:8].double().mean((1, 2, 3)) / 255)
 
     np.save(tmp_path / "a.npy", first[:7].numpy())
     (tmp_path / "broken.npy").write_bytes(b"no such thing")
