@@ -41,7 +41,7 @@ def usage(counts: Tensor) -> bytes:
     axis.grid(False)
     image = axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=max(0.5, float(share.max())), aspect="auto")
     axis.set_yticks(range(len(counts)), [f"token {token}" for token in range(len(counts))])
-    axis.set(xlabel="code")
+    axis.set(xlabel="code", xticks=range(0, counts.shape[1], max(1, counts.shape[1] // 32)))
     figure.colorbar(image, ax=axis, label="share", pad=0.01)
     return to_png(figure)
 

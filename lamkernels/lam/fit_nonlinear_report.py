@@ -173,17 +173,17 @@ def verdict(results: dict[str, Any]) -> list[Line]:
     moving = "where pixels that move count most"
     lines = []
     if error < ENOUGH:
-        text = f"On {pairs} the prediction makes {error:.0%} of the error of a copy of the frame, {moving}."
+        text = f"On {pairs} the prediction makes {error:.1%} of the error of a copy of the frame, {moving}."
     else:
         text = (
-            f"On {pairs} the prediction makes {error:.0%} of the error of a copy of the frame, {moving}: it is no "
+            f"On {pairs} the prediction makes {error:.1%} of the error of a copy of the frame, {moving}: it is no "
             "better. More steps, a larger lag, so that more moves, or more data may help."
         )
     lines.append(Line(text, error < ENOUGH))
     if other > error + LITTLE:
-        text = f"Under the latent action of another pair it makes {other:.0%}: latent actions matter."
+        text = f"Under the latent action of another pair it makes {other:.1%}: latent actions matter."
     else:
-        text = f"Under the latent action of another pair it makes {other:.0%}: latent actions hardly matter."
+        text = f"Under the latent action of another pair it makes {other:.1%}: latent actions hardly matter."
     lines.append(Line(text, other > error + LITTLE))
     if codes is not None and codes["words"] == 1:
         lines.append(Line("All pairs have the same codes: the codebook has collapsed.", False))
@@ -289,7 +289,7 @@ def write_page(
             if bool(known.any()):
                 images["actions"] = own_figures.actions_by_word(side.codes[known], rows[known], entries, bool(names))
     sources = results["config"]["frames"]["sources"]
-    title = Path(sources[0]).name if len(sources) == 1 else f"{len(sources)} sources"
+    title = Path(sources[0]).name if len(sources) == 1 else f"{len(cached.parts)} sources"
     write_text(
         path, page(TEMPLATE, images, results=results, rows=table(results), verdict=verdict(results), title=title)
     )
