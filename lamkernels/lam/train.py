@@ -111,8 +111,7 @@ class Trainer:
             self.model.inverse_dynamics.compile()
             self.model.forward_model.compile()
         if self._processes.size > 1:
-            # the model's buffers need no broadcast: they come from sums over the processes
-            self._shared = nn.parallel.DistributedDataParallel(self._shared, broadcast_buffers=False)
+            self._shared = nn.parallel.DistributedDataParallel(self._shared)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, eps=ADAM_EPS
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,7 @@ def trained(data, kind):
 
 def work(rank, world, folder):
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # pytest's filters do not reach this process
     data = torch.load(folder / "data.pt", weights_only=False)
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
     torch.save({kind: trained(data, kind) for kind in KINDS}, folder / f"{rank}.pt")
