@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import lamkernels as lk
+from lamkernels.nn.dead_codes import own_candidates, uniform
 
 
 def ema_reference(state, x, indices, decay, eps):
@@ -323,3 +324,15 @@ def test_cosine_statistics_are_those_of_the_operator(backend, dtype):
     counts, sums = vq.code_statistics(x, out.indices)
     assert torch.equal(counts, out.counts)
     torch.testing.assert_close(sums, out.sums, rtol=1e-5, atol=1e-4)
+
+
+def test_the_rows_for_dead_codes_are_the_same_compiled():
+    """The hash once left int64: undefined behaviour in compiled C++, which read past the rows."""
+
+    def draw(step, rows):
+        first, second = uniform(step, 16)
+        return *own_candidates(first, rows, None, 0, 1), second
+
+    step, rows = torch.tensor(2**33 + 3), torch.randn(256, 8).double()
+    for eager, compiled in zip(draw(step, rows), torch.compile(draw)(step, rows), strict=True):
+        assert torch.equal(eager, compiled)

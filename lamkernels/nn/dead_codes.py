@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 BITS = 31  # of u and of the second number, integers here; so a batch has fewer than 2**32 rows
-FIRST, SECOND, THIRD = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # of splitmix64, as signed
+LOW = 2**32 - 1
 
 
 class Candidates(NamedTuple):
@@ -28,14 +28,22 @@ class Candidates(NamedTuple):
 def uniform(step: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     """Two independent integers in [0, 2**31) for each code, a function of ``step`` () int64 alone.
 
-    The finaliser of splitmix64 (Steele, Lea and Flood 2014), but for its shifts, which have a sign here. A generator
-    would have a state to agree on, and to register with a CUDA graph.
+    A generator would have a state to agree on, and to register with a CUDA graph.
     """
-    word = (torch.arange(num_codes, device=step.device) + step * num_codes + 1) * FIRST
-    word = (word ^ (word >> 30)) * SECOND
-    word = (word ^ (word >> 27)) * THIRD
-    word = word ^ (word >> 31)
-    return (word >> (63 - BITS)) & (2**BITS - 1), word & (2**BITS - 1)
+    count = torch.arange(num_codes, device=step.device) + step * num_codes
+    first = _hashed(_hashed(count & LOW) ^ (count >> 32 & LOW))
+    return first >> 1, _hashed(first ^ 0x1E3779B9) >> 1
+
+
+def _hashed(word: Tensor) -> Tensor:
+    """A permutation of [0, 2**32) that mixes all bits (Wellons 2018, "Prospecting for hash functions", lowbias32).
+
+    The second factor is 0x846CA68B less 2**32: no product leaves int64. One that did, as those of a hash of 64 bits do,
+    would be undefined behaviour in the C++ that torch.compile makes of it.
+    """
+    word = ((word ^ word >> 16) * 0x7FEB352D) & LOW
+    word = ((word ^ word >> 15) * (0x846CA68B - 2**32)) & LOW
+    return word ^ word >> 16
 
 
 def own_candidates(numbers: Tensor, rows: Tensor, mask: Tensor | None, rank: int, world: int) -> Candidates:
