@@ -126,7 +126,8 @@ class FrameLAM(nn.Module):
         hidden = self.down(frame)
         mixed = self.mix(torch.cat([hidden.flatten(1), z], 1))
         change: Tensor = self.up(F.silu(hidden + self.field(mixed).view(-1, *self.coarse)))
-        return frame + change + self.picture(mixed).view_as(frame)
+        picture: Tensor = self.picture(mixed)
+        return frame + change + picture.view_as(frame)
 
 
 def convolutions(channels: int, width: int) -> nn.Sequential:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamkernels.lam.blocks import SampleMoments
+from lamkernels.lam.blocks import RTOL, SampleMoments
 from lamkernels.lam.exogenous import ExogenousFrames
 from lamkernels.lam.linear_metrics import pair_inconsistency, probe_r2
 from lamkernels.lam.metrics import linear_probe
@@ -77,17 +77,17 @@ def leakage_and_recovery(
         "z": torch.cat([z, random_features(both, FEATURES, 1.0), random_features(z, FEATURES // 6, 1.0)], 1),
     }
     found: Rows = {}
-    for suffix, blocks, options in (
-        ("", plain, {}),
-        ("_features", rich, {"l2": PENALTY, "rtol": SMALLEST}),
+    for suffix, blocks, l2, rtol in (
+        ("", plain, 1e-4, RTOL),
+        ("_features", rich, PENALTY, SMALLEST),
     ):
         train, test = (
             SampleMoments(**{name: block[part] for name, block in {**blocks, "a": a, "eps": eps}.items()})
             for part in (slice(split), slice(split, None))
         )
         found |= {
-            f"leakage{suffix}": probe_r2(train, test, "eps", **options),
-            f"recovery{suffix}": probe_r2(train, test, "a", **options),
+            f"leakage{suffix}": probe_r2(train, test, "eps", l2=l2, rtol=rtol),
+            f"recovery{suffix}": probe_r2(train, test, "a", l2=l2, rtol=rtol),
         }
     if latents.view is not None and data.views is not None:
         found["inconsistency"] = _inconsistency(data, latents, region, split)
@@ -145,10 +145,8 @@ def mutual_information(codes: Tensor, labels: Tensor) -> float:
         raise ValueError(
             f"codes is {tuple(codes.shape)} and labels {tuple(labels.shape)}; they must be (N, ...) and (N,) with one N"
         )
-    _, word = codes.flatten(1).unique(dim=0, return_inverse=True) if codes.ndim > 1 else codes.unique(
-        return_inverse=True
-    )  # fmt: skip
-    _, label = labels.unique(return_inverse=True)
+    _, word = torch.unique(codes.flatten(1) if codes.ndim > 1 else codes[:, None], dim=0, return_inverse=True)
+    _, label = torch.unique(labels, return_inverse=True)
     joint = torch.zeros(int(word.max()) + 1, int(label.max()) + 1, dtype=torch.float64)
     joint.index_put_((word, label), torch.ones(len(word), dtype=torch.float64), accumulate=True)
     parts = [joint.sum(1), joint.sum(0), joint.flatten()]
@@ -224,7 +222,7 @@ def agent_innovation(frames: Tensor, region: Tensor) -> float:
     step = torch.arange(size, dtype=frames.dtype)
     rows = (difference.sum(2) @ step / mass * 4).round().long()
     columns = (difference.sum(1) @ step / mass * 4).round().long()
-    _, place = (rows * 4 * size + columns).unique(return_inverse=True)
+    _, place = torch.unique(rows * 4 * size + columns, return_inverse=True)
     target = frames[:, 1][:, region].double()
     count = torch.bincount(place).double()
     sums = torch.zeros(len(count), target.shape[1], dtype=torch.float64).index_add_(0, place, target)

@@ -39,7 +39,7 @@ def kept_rows(
     found = []
     with commands.one_thread():
         for point in tqdm(points, unit="model", disable=not progress):
-            key = json.dumps(asdict(point))  # type: ignore[call-overload]
+            key = json.dumps(asdict(point))
             if key not in known:
                 known[key] = run(point)
                 if journal is not None:

@@ -313,7 +313,8 @@ class Shading:
 
     def __call__(self, frame: Tensor) -> Tensor:
         field = self.strength * torch.randn(len(frame), 1, self.points, self.points).to(frame)
-        return frame + F.interpolate(field, frame.shape[2:], mode="bilinear", align_corners=True)
+        shade: Tensor = F.interpolate(field, frame.shape[2:], mode="bilinear", align_corners=True)
+        return frame + shade
 
 
 def perceptron(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
