@@ -14,8 +14,8 @@ Rows = Sequence[dict[str, Any]]
 
 MEASURES = {
     "leakage": (LEAKAGE, "exogenous leakage"),
-    "recovery": (RECOVERY, "action recovery, linear probe"),
-    "recovery_features": (RECOVERY, "action recovery, probe on features"),
+    "recovery": (RECOVERY, "recovery, linear probe"),
+    "recovery_features": (RECOVERY, "recovery, probe on features"),
 }
 
 

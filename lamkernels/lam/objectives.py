@@ -237,7 +237,8 @@ class ActionSupervision(nn.Module):
         error = (self.head(step.latent.z) - action).square().sum(1)
         labelled = step.batch.labelled
         known = torch.ones_like(error) if labelled is None else labelled.to(error)
-        return (error * known).sum() / known.sum().clamp(min=1)
+        loss: Tensor = (error * known).sum() / known.sum().clamp(min=1)
+        return loss
 
 
 class FlowConstraint(nn.Module):
