@@ -13,9 +13,23 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import compat, estimate, first_call, hard_data, labelling, one_pass, page, report, screening, tune
+from . import (
+    compat,
+    covariance_error,
+    estimate,
+    first_call,
+    hard_data,
+    labelling,
+    one_pass,
+    page,
+    profile_step,
+    report,
+    screening,
+    tune,
+)
 from .providers import PROVIDERS
 from .runner import Settings, run
+from .step_models import SIZES
 from .workloads import DTYPES, OPS, SUITES, Workload, select
 
 
@@ -104,11 +118,16 @@ def _parser() -> _Parser:
     add("--estimate", type=_device, metavar="GPU", help="instead: the least cost on H200, A100, ..., without a GPU")
     add("--page", type=Path, metavar="PATH", help="instead: write the page of all committed results")
     add("--hard-data", action="store_true", help="instead: which codes each provider gives on data made to mislead it")
+    add("--covariance-error", action="store_true", help="instead: errors of covariances against fp64, on the CPU")
     add("--first-call", action="store_true", help="instead: what the first calls on the CPU cost")
     add("--one-pass", action="store_true", help="instead: what the forward costs beyond the lookup on the CPU")
     add("--compat", action="store_true", help="instead: the bottlenecks of LAPA, UniVLA, ..., plain and drop-in forms")
     add("--labelling", action="store_true", help="instead: labels of a data set on the CPU, beside one pair at a time")
     add("--screening", action="store_true", help="instead: what a bf16 product would decide of a lookup on the CPU")
+    add(
+        "--profile", type=_name("--profile", tuple(SIZES)),
+        help="instead: where a training step's time goes, at the sizes of lapa or univla (--quick: not compiled)",
+    )  # fmt: skip
     add("--list", action="store_true", help="list the workloads and providers, and run nothing")
     return parser
 
@@ -141,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _tune(parser, args, device, argv)
     if args.hard_data:
         return _hard_data(args.providers, argv, paths["json"])
+    if args.covariance_error:
+        return _covariance_error(argv, paths["json"])
     if args.first_call:
         return _first_call(argv, paths["json"])
     if args.labelling:
@@ -150,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _one_pass(shapes, 0.2 if args.quick else args.seconds or 1.0, argv, paths["json"])
     if args.compat:
         return _compat(0.2 if args.quick else args.seconds or 1.0, device, argv, paths["json"])
+    if args.profile:
+        return _profile(args, device, argv, paths["json"])
     if args.screening:
         shapes = dict.fromkeys((w.N, w.K, w.D) for w in workloads)
         return _screening(shapes, 0.2 if args.quick else args.seconds or 1.0, argv, paths["json"])
@@ -228,6 +251,13 @@ def _hard_data(providers: Sequence[str], argv: Sequence[str], path: Path | None)
     return int(any(o.wrong or o.not_finite or o.error for o in ours))
 
 
+def _covariance_error(argv: Sequence[str], path: Path | None) -> int:
+    found = covariance_error.outcomes()
+    print(covariance_error.table(found))
+    _write(path, argv, {"errors": [outcome._asdict() for outcome in found]})
+    return int(any(outcome.error > 1e-7 for outcome in found if outcome.estimator in ("moments", '"exact"')))
+
+
 def _first_call(argv: Sequence[str], path: Path | None) -> int:
     seconds = first_call.first_calls()
     print(f"{'s':40}{'compiled':>10}{'cached':>10}")
@@ -261,6 +291,22 @@ def _compat(seconds: float, device: str, argv: Sequence[str], path: Path | None)
     print("harness: the step with a bottleneck of recorded results; beyond: the ratio of what the forms take beyond it")
     rows = [times._asdict() | {"speedup": times.speedup, "beyond_harness": times.beyond_harness} for times in found]
     _write(path, argv, {"threads": torch.get_num_threads(), "microseconds": rows}, device)
+    return 0
+
+
+def _profile(args: argparse.Namespace, device: str, argv: Sequence[str], path: Path | None) -> int:
+    torch.set_num_threads(args.threads)
+    seconds = args.seconds or (0.2 if args.quick else 1.0)
+
+    def keep(found: profile_step.Profile) -> None:
+        _write(path, argv, {"threads": args.threads, "profile": profile_step.as_json(found)}, device)
+
+    found = profile_step.profile(args.profile, device, seconds)
+    keep(found)
+    if not args.quick:
+        found = profile_step.with_compiled(found, device, seconds)
+        keep(found)
+    print(profile_step.table(found))
     return 0
 
 

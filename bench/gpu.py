@@ -35,7 +35,7 @@ from .page import RESULTS
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 10.0  # seconds in which a part that is out of time writes what it has
 TAIL = 40  # lines of a part's output that its record keeps
-PROVIDERS = "triton,harness,flash-kmeans,flashlib,eager,compile,vqp,vqp-compile"
+PROVIDERS = "triton,cuda,harness,flash-kmeans,flashlib,eager,compile,vqp,vqp-compile"
 TOOLS = ("nvidia-smi", "nvcc", "compute-sanitizer", "cuobjdump")
 
 
@@ -79,9 +79,9 @@ def parts(out: Path) -> tuple[Part, ...]:
         fixed = ("--device=cuda", f"--providers={PROVIDERS}", "--rounds=2", "--seconds=0.15", "--timeout=60")
         return Part(name, seconds, (sys.executable, "-m", package, *options, *fixed, *files))
 
-    def alone(name: str, seconds: float, option: str) -> Part:
+    def alone(name: str, seconds: float, option: str, more: str = "--quick") -> Part:
         command = (sys.executable, "-m", package, option, "--device=cuda", f"--json={out / name / 'bench.json'}")
-        return Part(name, seconds, (*command, "--quick"))
+        return Part(name, seconds, (*command, more))
 
     def sanitized(tool: str) -> Part:
         watch = ("compute-sanitizer", f"--tool={tool}", "--target-processes=application-only", "--error-exitcode=3")
@@ -94,13 +94,15 @@ def parts(out: Path) -> tuple[Part, ...]:
     return (
         Part("tests", 110, tests, "pytest"),
         suite("train_step", 80, "--suite=lam,tokenizer", "--op=train_step"),
-        suite("targets", 90, "--suite=targets"),
-        alone("tune", 50, "--tune"),
-        suite("nearest_code", 60, "--suite=lam,tokenizer", "--op=nearest_code"),
-        suite("vector_quantize", 40, "--suite=lam,tokenizer", "--op=vector_quantize,code_statistics"),
+        suite("targets", 85, "--suite=targets"),
+        alone("tune", 35, "--tune"),
+        suite("nearest_code", 55, "--suite=lam,tokenizer", "--op=nearest_code"),
+        suite("vector_quantize", 35, "--suite=lam,tokenizer", "--op=vector_quantize,code_statistics"),
         suite("covariance", 25, "--suite=moments"),
-        suite("memory", 25, "--suite=memory"),
-        alone("compat", 20, "--compat"),
+        suite("memory", 20, "--suite=memory"),
+        alone("compat", 15, "--compat"),
+        alone("lapa", 35, "--profile=lapa", "--seconds=0.3"),
+        alone("univla", 35, "--profile=univla", "--seconds=0.3"),
         sanitized("memcheck"),
         sanitized("racecheck"),
     )

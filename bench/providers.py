@@ -45,6 +45,7 @@ class Provider:
         devices: where it runs.
         dtypes: what it takes.
         score_matrices: how many N×K matrices of fp32 it holds at a time; it is not started where they do not fit.
+        refuses: why it does not take a workload, or "".
     """
 
     name: str
@@ -55,6 +56,7 @@ class Provider:
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = DTYPES
     score_matrices: float = 0.0
+    refuses: Callable[[Workload], str] = lambda workload: ""
 
     def absent(self, device: str) -> str:
         """Why it cannot run here, or ""."""
@@ -131,6 +133,13 @@ def _ours(backend: Any) -> dict[str, Prepare]:
         "code_statistics": code_statistics,
         "covariance": covariances.ours(backend),
     }
+
+
+def _many_codes(workload: Workload) -> str:
+    from lamkernels.ops.vector_quantize.cuda import fits
+
+    fitting = fits(workload.K, workload.D, torch.device("cuda"))
+    return "" if fitting else "takes codebooks that fit the shared memory of a block only"
 
 
 def _step(module: Callable[[Tensor], Any], inputs: Inputs, codebook: Callable[[], Tensor]) -> Run:
@@ -435,6 +444,15 @@ PROVIDERS: dict[str, Provider] = {
         Provider("numba-exact", "ours", {"nearest_code": _lookup("numba", "exact")}, "numba", "numba"),
         Provider("numba-batches", "ours", {"covariance": covariances.streamed("numba")}, "numba", "numba"),
         Provider("triton", "ours", _ours("triton"), "triton", "triton"),
+        Provider(
+            "cuda",
+            "ours",
+            {op: prepare for op, prepare in _ours("cuda").items() if op != "covariance"},
+            f"cupy-cuda{(torch.version.cuda or '13').partition('.')[0]}x",
+            "cupy",
+            GPU,
+            refuses=_many_codes,
+        ),
         Provider("reference", "baseline", _ours("reference"), "lamkernels", "lamkernels"),
         Provider("harness", "floor", {"train_step": _harness}, "torch", "torch"),
         Provider("eager", "peer", _torch(compiled=False) | {"covariance": covariances.eager}, "torch", "torch"),

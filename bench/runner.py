@@ -227,6 +227,7 @@ def _new_row(workload: Workload, provider: Provider, settings: Settings) -> Row:
     reason = provider.absent(settings.device)
     if not reason and workload.dtype not in provider.dtypes:
         reason = f"takes {', '.join(provider.dtypes)} only"
+    reason = reason or provider.refuses(workload)
     needed, free = provider.score_matrices * workload.score_matrix_bytes, _free_memory(settings.device)
     if reason:
         row.status, row.note = "absent", reason

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import lamkernels as lk
 
+CUDA_CASES = ("lookup", "lookup, exact", "quantise", "quantise, dot, bf16", "statistics", "module")  # of csrc/
 SMALL, LARGE = (130, 5, 12), (70, 1030, 33)  # rows, codes, dim: one resident tile, and streamed tiles; both with tails
 
 
@@ -75,6 +76,7 @@ def cases(device: str, backend: Any) -> dict[str, Callable[[], Sequence[Tensor]]
         "quantise": lambda: quantise(SMALL, single),
         "quantise, rotation": lambda: quantise(SMALL, single, gradient="rotation"),
         "quantise, noise": lambda: quantise(SMALL, half, gradient="noise"),
+        "quantise, dot, bf16": lambda: quantise(SMALL, half, metric="dot"),
         "quantise, streamed": lambda: quantise(LARGE, single),
         "quantise, fp64": lambda: quantise(SMALL, double),
         "statistics": lambda: statistics(SMALL),
@@ -108,8 +110,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("python -m bench.small_cases: torch finds no CUDA or ROCm device", file=sys.stderr)
         return 2
     torch.manual_seed(0)
+    chosen = cases(device, "triton" if device == "cuda" else "auto")
+    available, reason = lk.available_backends()["cuda"]
+    if device == "cuda" and available:
+        compiled = cases(device, "cuda")
+        chosen |= {f"{name}, CUDA C++": compiled[name] for name in CUDA_CASES}
+    elif device == "cuda":
+        print(f"without backend 'cuda': {reason}")
     wrong = []
-    for name, case in cases(device, "triton" if device == "cuda" else "auto").items():
+    for name, case in chosen.items():
         if not all(bool(t.isfinite().all()) for t in case()):
             wrong.append(name)
     print(f"not finite: {', '.join(wrong)}" if wrong else "every case is finite")

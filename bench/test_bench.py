@@ -16,7 +16,7 @@ from .providers import PROVIDERS
 from .workloads import WORKLOADS, Workload, make_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IN_PROCESS = ("numba", "triton", "reference", "eager", "vqp", "faiss", "sklearn", "onedal")
+IN_PROCESS = ("numba", "triton", "cuda", "reference", "eager", "vqp", "faiss", "sklearn", "onedal")
 SMALL = 2**23  # scores: the larger workloads take seconds a call with the reference
 
 
@@ -30,7 +30,7 @@ def test_workload(benchmark: Any, workload: Workload, name: str) -> None:
     provider = PROVIDERS[name]
     if workload.op not in provider.prepare:
         pytest.skip(f"{name} has no {workload.op}")
-    if reason := provider.absent(DEVICE):
+    if reason := provider.absent(DEVICE) or provider.refuses(workload):
         pytest.skip(reason)
     inputs = make_inputs(workload, DEVICE, threads=torch.get_num_threads())._replace(tune=False)
     run = provider.prepare[workload.op](workload, inputs)

@@ -10,6 +10,7 @@ from lamkernels._version import __version__
 from lamkernels.backend import BackendStatus, available_backends
 from lamkernels.covariance import Covariance
 from lamkernels.functional import VQOutput, code_statistics, lookup, nearest_code, vector_quantize
+from lamkernels.graphs import Graphed
 from lamkernels.joint_moments import Moments, moments, off_diagonal_covariance_loss
 from lamkernels.lookup_free import (
     LFQOutput,
@@ -31,6 +32,7 @@ __all__ = [
     "BackendStatus",
     "CodebookHealth",
     "Covariance",
+    "Graphed",
     "HealthReport",
     "LFQOutput",
     "Moments",

@@ -21,7 +21,7 @@ class BackendStatus(NamedTuple):
 
 
 def available_backends() -> dict[str, BackendStatus]:
-    """What can run on this machine, by backend name. Looks once per process; imports Numba, and Triton for a GPU."""
+    """What can run here, by backend name. Looks once per process; imports Numba, and Triton and CuPy for a GPU."""
     return {name: _status(name) for name in BACKENDS if name != "auto"}
 
 
@@ -29,7 +29,8 @@ def available_backends() -> dict[str, BackendStatus]:
 def _status(backend: str) -> BackendStatus:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if backend == "cuda":
-        return BackendStatus(False, "this version has no CUDA C++ kernel; Triton serves GPUs")
+        reason = importlib.import_module("lamkernels.ops.cuda_common").missing()
+        return BackendStatus(not reason, reason or "CUDA tensors, on request")
     if backend == "triton" and not (torch.cuda.is_available() or interpreted):
         return BackendStatus(False, "no CUDA or ROCm device; TRITON_INTERPRET=1 runs the kernels on CPU tensors")
     if backend in ("numba", "triton"):
@@ -73,5 +74,10 @@ def load_kernel(folder: str, name: str, backend: str, device: torch.device) -> C
 
 @functools.cache
 def _load(folder: str, name: str, backend: str) -> Callable[..., Any]:
-    kernel: Callable[..., Any] = getattr(importlib.import_module(f"lamkernels.ops.{folder}.{backend}"), name)
+    try:
+        kernel: Callable[..., Any] = getattr(importlib.import_module(f"lamkernels.ops.{folder}.{backend}"), name)
+    except ModuleNotFoundError as error:
+        if backend != "cuda" or "cuda" not in (error.name or "").split("."):
+            raise
+        raise ValueError(f"backend 'cuda' has no kernel for {folder}; 'triton' and 'reference' have") from error
     return kernel

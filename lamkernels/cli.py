@@ -11,7 +11,10 @@ from collections.abc import Sequence
 COMMANDS = {
     "info": ("lamkernels.info", "versions, devices and backends, and what 'auto' would pick"),
     "bench": ("lamkernels.bench.cli", "microbenchmarks beside the peers"),
-    "fit": ("lamkernels.lam.fit", "the linear latent action model of your features, videos or games, with a report"),
+    "fit": (
+        "lamkernels.lam.fit",
+        "a linear or nonlinear latent action model of your features, videos or games, with a report",
+    ),
     "label": ("lamkernels.labelling.cli", "the latent actions of your data, as Parquet or safetensors, resumable"),
     "demo": ("lamkernels.lam.demo", "train the reference LAM on Atari frames, stock and fused, and report"),
 }

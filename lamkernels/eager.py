@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -15,21 +17,31 @@ with torch.inference_mode(False):
     ORDINARY.add(torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
 
 
-def is_plain(*tensors: object) -> bool:
+@functools.cache
+def _ordinary_on_gpus() -> set[int]:
+    found = set()
+    for inference in (True, False):
+        with torch.inference_mode(inference):
+            found.add(torch._C._dispatch_keys(torch.empty(0, device="cuda")).raw_repr())
+    return found
+
+
+def is_plain(*tensors: object, device: str = "cpu") -> bool:
     """Whether these are ordinary CPU tensors and nothing watches or transforms the operators that they go through.
 
     Then an autograd function over a kernel does what the registered operator does, in half the time. Not so in compiled
     or traced code, under a mode (a default device is one), a function transform or forward-mode differentiation, and
-    for tensors whose values are not what lies in their memory.
+    for tensors whose values are not what lies in their memory. With ``device="cuda"``, the same of tensors on GPUs.
     """
     if torch.compiler.is_compiling():  # first: what follows is not for the compiler to read
         return False
+    ordinary = ORDINARY if device == "cpu" else _ordinary_on_gpus()
     for tensor in tensors:
         kind = type(tensor)
         if kind is not Tensor and kind is not Parameter:
             return False
         assert isinstance(tensor, Tensor)
-        if torch._C._dispatch_keys(tensor).raw_repr() not in ORDINARY:
+        if torch._C._dispatch_keys(tensor).raw_repr() not in ordinary:
             return False
     return (
         torch._C._len_torch_dispatch_stack() == 0

@@ -127,6 +127,8 @@ def _why_not(backend: str, operator: str, device: str, picked: str) -> str:
         return f"runs on {available_backends()[backend].reason}"
     if not has_kernel(operator, backend):
         return "no kernel for this operator"
+    if backend == "cuda":
+        return "only on request: not yet measured on a GPU"
     return f"the specification, slower than {picked}" if backend == "reference" else f"{picked} comes first"
 
 

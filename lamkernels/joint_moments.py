@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from lamkernels.backend import load_kernel, resolve
+from lamkernels.eager import is_plain
 from lamkernels.ops.covariance.op import covariance as _covariance
 from lamkernels.validation import (
     BACKENDS,
@@ -128,11 +130,57 @@ def off_diagonal_covariance_loss(x: Tensor, *, backend: Backend = "auto") -> Ten
     _check_rows("x", x)
     if x.shape[0] < 2:
         raise ValueError(f"x has {x.shape[0]} rows; a covariance needs at least 2")
+    if is_plain(x) and resolve(backend, "cpu") == "numba":
+        loss: Tensor = _OffDiagonalLoss.apply(x)  # type: ignore[no-untyped-call]
+        return loss
     weight, _, _, xx, _, _ = moments(x, backend=backend)
-    # twice the upper triangle, not all less the diagonal, whose squares can be much larger than the rest
+    return _off_diagonal(weight, xx)[0].to(_loss_dtype(x))
+
+
+def _off_diagonal(weight: Tensor, xx: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and what it is the sum of squares of, but for 2/D: twice the upper triangle, not all less the diagonal.
+
+    The squares of that can be much larger than the rest.
+    """
     above = xx.triu(1) / (weight - 1).clamp(min=1)
-    loss = 2 * above.square().sum() / x.shape[1]
-    return loss if x.dtype == torch.float64 else loss.float()
+    return 2 * above.square().sum() / xx.shape[1], above
+
+
+def _loss_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class _OffDiagonalLoss(torch.autograd.Function):
+    """The loss of plain rows on the CPU without the dispatcher, and its gradient (x − x̄) · 4/D · C_off / (W − 1)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        kernel = load_kernel("covariance", "covariance", "numba", x.device)
+        weight, mean, _, xx, _, _ = (out.squeeze(0) for out in kernel(x.detach()[None], None, None, 0, "default"))
+        loss, above = _off_diagonal(weight, xx)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(x, mean, above)
+            ctx.weight = float(weight)
+        return loss.to(_loss_dtype(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, mean, above = ctx.saved_tensors
+        if torch.is_grad_enabled():  # it is differentiated again
+            weight, _, _, xx, _, _ = moments(x)
+            loss = _off_diagonal(weight, xx)[0].to(grad)
+            again: Tensor = torch.autograd.grad(loss, x, grad, create_graph=True)[0]
+            return again
+        computed = _loss_dtype(x)
+        near = mean.to(computed)
+        scale = 4 * grad.double() / (len(mean) * max(ctx.weight - 1, 1))
+        matrix = (above + above.mT) * scale
+        rest = ((near.double() - mean) @ matrix).to(computed)  # what rounding the mean leaves
+        centred = x.to(computed) - near
+        gradient = torch.addmm(rest, centred, matrix.to(computed))
+        if ctx.weight < len(x):
+            gradient.masked_fill_(~x.isfinite().all(1, keepdim=True), 0.0)
+        return gradient.type_as(x)
 
 
 def _check_rows(name: str, rows: Tensor) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
@@ -62,14 +62,57 @@ class Processes:
         pieces = torch.split(buffer, [part.numel() for part in parts.values()])
         return {name: piece.view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
 
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of the processes' x, of one shape, with a gradient to all of them; of one process x."""
+        total: Tensor = x if self.size == 1 else _Total.apply(x, self)  # type: ignore[no-untyped-call]
+        return total
+
+    def joined(self, x: Tensor) -> Tensor:
+        """The processes' x (B, ...), of one shape, in the order of the ranks, (W·B, ...), with a gradient to all."""
+        joined: Tensor = x if self.size == 1 else _Joined.apply(x, self)  # type: ignore[no-untyped-call]
+        return joined
+
+
+class _Total(torch.autograd.Function):
+    """What a rank's loss owes another rank's x flows back to it: the gradients are summed as the values are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, processes: Processes) -> Tensor:
+        ctx.processes = processes
+        return _sum(x, processes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum(grad, ctx.processes), None
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, processes: Processes) -> Tensor:
+        ctx.processes, ctx.rows = processes, len(x)
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(processes.size)]
+        distributed.all_gather(parts, x.contiguous(), group=processes.group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        own = slice(ctx.processes.rank * ctx.rows, (ctx.processes.rank + 1) * ctx.rows)
+        return _sum(grad, ctx.processes)[own], None
+
+
+def _sum(x: Tensor, processes: Processes) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(total, group=processes.group)
+    return total
+
 
 @contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    """The processes of torchrun, where it started this one."""
+def process_group(backend: str = "gloo") -> Iterator[None]:
+    """The processes of torchrun, where it started this one; ``backend`` as torch names it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
-    distributed.init_process_group("gloo", timeout=PATIENCE)
+    distributed.init_process_group(backend, timeout=PATIENCE)
     try:
         yield
     finally:

@@ -285,6 +285,19 @@ def test_the_covariance_loss_is_that_of_vicreg(backend, dtype):
     assert (grad - expected).norm() <= (half + 3e-6) * expected.norm()
 
 
+def test_the_covariance_loss_leaves_rows_out_and_is_differentiable_again(backend):
+    x = torch.randn(30, 4) + 1000
+    x[3, 1], x[17, 0] = torch.nan, torch.inf
+    inside = x.isfinite().all(1)
+    leaf, rest = x.clone().requires_grad_(), x[inside].double().requires_grad_()
+    off_diagonal_covariance_loss(leaf, backend=backend).backward()
+    off_diagonal_covariance_loss(rest, backend="reference").backward()
+    assert (leaf.grad[~inside] == 0).all()
+    torch.testing.assert_close(leaf.grad[inside].double(), rest.grad, rtol=1e-4, atol=1e-5 * float(rest.grad.norm()))
+    rows = torch.randn(7, 3).double().requires_grad_()
+    torch.autograd.gradgradcheck(lambda t: off_diagonal_covariance_loss(t, backend=backend), (rows,))
+
+
 def test_opcheck(backend):
     operator = torch.ops.lamkernels.covariance
     x = torch.randn(2, 30, 4).bfloat16().requires_grad_()

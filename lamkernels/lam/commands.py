@@ -1,9 +1,10 @@
-"""What the commands of the experiments share: options, one thread, files, exit status."""
+"""What the commands share: options, one thread, the device, files, exit status."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -49,15 +50,20 @@ def status(made: argparse.ArgumentParser, work: Callable[[], None]) -> int:
     return 0
 
 
-def need(*modules: str) -> None:
+def need(*modules: str, what: str = "the experiments", extra: str = "demo") -> None:
     """Before the work, not after it.
+
+    Args:
+        modules: that ``what`` needs.
+        what: needs them.
+        extra: of the package, that installs them.
 
     Raises:
         ModuleNotFoundError: one of the modules is not installed.
     """
     absent = [module for module in modules if find_spec(module) is None]
     if absent:
-        raise ModuleNotFoundError(f"the experiments need {' and '.join(absent)}; pip install 'lamkernels[demo]'")
+        raise ModuleNotFoundError(f"{what} need {' and '.join(absent)}; pip install 'lamkernels[{extra}]'")
 
 
 @contextlib.contextmanager
@@ -69,3 +75,24 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def device_named(name: str) -> torch.device:
+    """The device of ``--device``, ready for reproducible work.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device is {name!r}; it must be cpu or cuda[:N]") from error
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device is {name!r}, but torch {torch.__version__} finds no GPU; use --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device is {name!r}; this machine has {torch.cuda.device_count()} GPUs")
+    elif device.type != "cpu":
+        raise ValueError(f"--device is {name!r}; it must be cpu or cuda[:N]")
+    return device

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamkernels.lam.files import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 log = logging.getLogger(__name__)
 
@@ -72,18 +76,21 @@ class FrameData:
         starts: (T,) bool: the first frame of an episode.
         action_names: names of the actions.
         config: what was asked for.
+        lag: frames from o to o'.
     """
 
     frames: Tensor
     actions: Tensor
     starts: Tensor
     action_names: tuple[str, ...]
-    config: DataConfig
+    config: DataclassInstance
+    lag: int = 1
 
     @property
     def pairs(self) -> Tensor:
-        """(P,) int64: every t whose frame t + 1 belongs to the same episode."""
-        return (~self.starts[1:]).nonzero().squeeze(1)
+        """(P,) int64: every t whose frame t + lag belongs to the same episode."""
+        episode = self.starts.cumsum(0)
+        return (episode[self.lag :] == episode[: -self.lag]).nonzero().squeeze(1)
 
     def fingerprint(self) -> str:
         """SHA-256 of the frames, the actions and the episode starts."""
@@ -233,7 +240,8 @@ def _read(path: Path, config: DataConfig, expected: dict[str, str]) -> FrameData
             raise ValueError(f"{path} has {key} {metadata.get(key)!r}, not {value!r}")
     if tensors.keys() != {"frames", "actions", "starts"}:
         raise ValueError(f"{path} holds {sorted(tensors)}, not frames, actions and starts")
-    data = FrameData(**tensors, action_names=tuple(POLICIES[config.game]), config=config)
+    frames, actions, starts = (tensors[name] for name in ("frames", "actions", "starts"))
+    data = FrameData(frames, actions, starts, tuple(POLICIES[config.game]), config)
     if data.fingerprint() != metadata.get("sha256"):
         raise ValueError(f"{path} is damaged: its checksum does not match")
     return data

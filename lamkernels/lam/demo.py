@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lamkernels.backend import resolve
 from lamkernels.lam import compare, measure, metrics
+from lamkernels.lam.commands import device_named
 from lamkernels.lam.data import GAMES, DataConfig, load_frames
 from lamkernels.lam.files import write_text
 from lamkernels.lam.model import LAMConfig
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:N]; default: %(default)s")
     options = parser.parse_args(argv)
     try:
-        device = _device(options.device)
+        device = device_named(options.device)
     except ValueError as error:
         parser.error(str(error))
     if options.seed < 0:
@@ -245,35 +246,10 @@ def _same_state(first: Trainer, second: Trainer) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device is {name!r}; it must be cpu or cuda[:N]") from error
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device is {name!r}, but torch {torch.__version__} finds no GPU; use --device cpu")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"--device is {name!r}; this machine has {torch.cuda.device_count()} GPUs")
-    elif device.type != "cpu":
-        raise ValueError(f"--device is {name!r}; it must be cpu or cuda[:N]")
-    return device
-
-
 def _describe_device(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         return {"type": "cuda", "name": torch.cuda.get_device_name(device), "threads": torch.get_num_threads()}
-    return {"type": "cpu", "name": _processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return {"type": "cpu", "name": measure.processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
 
 
 def _versions() -> dict[str, str]:

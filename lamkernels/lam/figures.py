@@ -156,7 +156,7 @@ def predictions(model: LatentActionModel, frames: Tensor, next_frames: Tensor, n
         change, predicted = ((image[row] - now[row]).mean(0) for image in (then, output))
         limit = float(change.abs().max().clamp(min=0.02))
         for axis, image in zip(axes[row], (now[row], then[row], output[row], change, predicted), strict=True):
-            _picture(axis, image, limit)
+            picture(axis, image, limit)
         axes[row, 0].set_ylabel(names[row].lower(), fontweight="bold")
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title)
@@ -188,14 +188,14 @@ def what_codes_do(
     window = _window(changes.var(0, correction=0), ZOOM)
     limit = float(changes.abs().max().clamp(min=0.02))
     figure, axes = new_figure(2, len(words) + 1, (10.5, 3.4))
-    _picture(axes[0, 0], then[(slice(None), *window)], limit)
-    _picture(axes[1, 0], (then - now).mean(0)[window], limit)
+    picture(axes[0, 0], then[(slice(None), *window)], limit)
+    picture(axes[1, 0], (then - now).mean(0)[window], limit)
     axes[0, 0].set_title("what came")
     axes[0, 0].set_ylabel("next frame")
     axes[1, 0].set_ylabel("change")
     for column, (word, member) in enumerate(zip(words, members, strict=True), start=1):
-        _picture(axes[0, column], future[(column - 1, slice(None), *window)], limit)
-        _picture(axes[1, column], changes[column - 1][window], limit)
+        picture(axes[0, column], future[(column - 1, slice(None), *window)], limit)
+        picture(axes[1, column], changes[column - 1][window], limit)
         share = torch.bincount(actions[member], minlength=len(names)) / len(member)
         best = int(share.argmax())
         axes[0, column].set_title(
@@ -224,7 +224,8 @@ def _window(weight: Tensor, side: int) -> tuple[slice, slice]:
     return slice(top, top + side), slice(left, left + side)
 
 
-def _picture(axis: Any, image: Tensor, limit: float) -> None:
+def picture(axis: Any, image: Tensor, limit: float) -> None:
+    """Draws an image (3, H, W) in [0, 1], or a change (H, W) in red and blue up to ±``limit``."""
     axis.grid(False)
     axis.set(xticks=[], yticks=[])
     if image.ndim == 3:

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,20 @@ class Progress:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fits, and writes the model, its report and its figures; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    kind = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    kind.add_argument("--model", choices=("linear", "nonlinear"), default="linear")
+    if kind.parse_known_args(argv)[0].model == "nonlinear":
+        from lamkernels.lam.fit_nonlinear import main as fit_nonlinear
+
+        return fit_nonlinear(argv)
     parser = _parser()
     options = vars(parser.parse_args(argv))
+    del options["model"]
     out, restart, seconds = (options.pop(name) for name in ("out", "restart", "checkpoint_seconds"))
     try:
-        config = FitConfig(sources=tuple(expanded(options.pop("paths"))), **options)
+        sources = expanded(options.pop("paths"), rows=options["rows"], camera=options.pop("camera"))
+        config = FitConfig(sources=tuple(sources), **options)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     try:
@@ -107,15 +116,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lamkernels fit",
         description="Fits the linear latent action model in closed form, in one pass, and reports what its latent "
-        "actions say. Runs again where it was stopped; under torchrun, processes share the rows.",
+        "actions say. Runs again where it was stopped; under torchrun, processes share the rows. With --model "
+        "nonlinear it trains the reference LAM on frames: lamkernels fit --model nonlinear --help.",
     )
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help=".npy, .npz, .safetensors, .parquet, videos, folders, atari:GAME")
+    add(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help=".npy, .npz, .safetensors, .parquet, videos, folders, LeRobot data sets, atari:GAME",
+    )
+    add("--model", choices=("linear", "nonlinear"), default="linear", help="default: %(default)s")
     add("--latent-dim", type=int, default=8, metavar="K", help="default: %(default)s")
     add("--lag", type=int, default=1, metavar="H", help="rows from o to o'; default: %(default)s")
     add("--side", type=int, default=16, help="frames are resized to so many pixels squared; default: %(default)s")
     add("--rows", metavar="NAME", help="array or column of rows; default: rows, frames, features or observation.state")
     add("--actions", metavar="NAME", help="the same of the actions; default: actions or action")
+    add("--camera", metavar="NAME", help="of LeRobot data sets; default: the first")
     add("--num-actions", type=int, default=18, help="integer actions are below it; default: %(default)s, as Atari's")
     add("--action-weight", type=float, default=0.0, metavar="λ", help="of action supervision; default: %(default)s")
     add(
@@ -223,14 +240,14 @@ def _accumulate(
                         _save(checkpoint, stamp, moments, progress)
                         saved = time.monotonic()
                 failures = [(s.source, s.reason) for s in source.skipped]
-            except _UnfitError as error:
+            except UnfitError as error:
                 failures = [(config.sources[index], str(error))]
             progress = replace(progress, source=index + 1, position=0, skipped=(*progress.skipped, *failures))
     _save(checkpoint, stamp, moments, progress)
     return moments, progress
 
 
-class _UnfitError(Exception):
+class UnfitError(Exception):
     """A source whose rows do not go with those of the others."""
 
 
@@ -249,8 +266,10 @@ def _blocks(config: FitConfig) -> dict[str, int]:
         source = _source(config, index)
         for batch in source:
             try:
-                actions = {} if batch.actions is None else {"a": _action_rows(config, batch.actions).shape[1]}
-            except _UnfitError as error:
+                actions = (
+                    {} if batch.actions is None else {"a": action_rows(batch.actions, config.num_actions).shape[1]}
+                )
+            except UnfitError as error:
                 raise ValueError(f"{batch.source}: {error}") from error
             if config.action_weight > 0 and not actions:
                 raise ValueError(f"action_weight is {config.action_weight}, and {batch.source} has no actions")
@@ -271,38 +290,47 @@ def _pieces(position: int, count: int, done: int, segment: int) -> Iterator[tupl
 def _columns(config: FitConfig, blocks: dict[str, int], batch: Batch, rows: slice) -> dict[str, Tensor]:
     columns = {"o": batch.rows[rows]}
     if columns["o"].shape[1] != blocks["o"]:
-        raise _UnfitError(f"its rows have {columns['o'].shape[1]} entries, those of the first source {blocks['o']}")
+        raise UnfitError(f"its rows have {columns['o'].shape[1]} entries, those of the first source {blocks['o']}")
     if "a" in blocks:
         if batch.actions is None:
-            raise _UnfitError("it has no actions, and the first source has")
-        columns["a"] = _action_rows(config, batch.actions[rows]).to(columns["o"])
+            raise UnfitError("it has no actions, and the first source has")
+        columns["a"] = action_rows(batch.actions[rows], config.num_actions).to(columns["o"])
         if columns["a"].shape[1] != blocks["a"]:
-            raise _UnfitError(
+            raise UnfitError(
                 f"its actions have {columns['a'].shape[1]} entries, those of the first source {blocks['a']}"
             )
     return columns
 
 
-def _action_rows(config: FitConfig, actions: Tensor) -> Tensor:
-    """(N, A): real actions as they are, integers one-hot, −1 (no action) zeros."""
+def action_rows(actions: Tensor, num_actions: int) -> Tensor:
+    """(N, A): real actions as they are, integers one-hot of length ``num_actions``, −1 (no action) zeros.
+
+    Raises:
+        UnfitError: an integer is not an action.
+    """
     if actions.is_floating_point():
         return actions.reshape(len(actions), -1)
     if actions.ndim > 1 and actions[0].numel() != 1:
         return actions.reshape(len(actions), -1).float()
     numbers = actions.reshape(-1).long()
-    if len(numbers) and not -1 <= int(numbers.min()) <= int(numbers.max()) < config.num_actions:
-        raise _UnfitError(
-            f"an action is {int(numbers.max() if numbers.max() >= config.num_actions else numbers.min())}; integer "
-            f"actions must be in [-1, {config.num_actions - 1}]: --num-actions"
+    if len(numbers) and not -1 <= int(numbers.min()) <= int(numbers.max()) < num_actions:
+        raise UnfitError(
+            f"an action is {int(numbers.max() if numbers.max() >= num_actions else numbers.min())}; integer "
+            f"actions must be in [-1, {num_actions - 1}]: --num-actions"
         )
-    return F.one_hot(numbers.clamp(min=0), config.num_actions).float() * (numbers >= 0)[:, None]
+    return F.one_hot(numbers.clamp(min=0), num_actions).float() * (numbers >= 0)[:, None]
 
 
 def _stamp(config: FitConfig, blocks: dict[str, int], rank: int, world: int) -> str:
     """What a checkpoint must have been made from: the configuration and the files as they are now."""
-    files = [Path(source).stat() for source in config.sources if Path(source).exists()]
-    data = [[file.st_size, file.st_mtime_ns] for file in files]
+    data = file_stamps(config.sources)
     return json.dumps({"config": asdict(config), "blocks": blocks, "rank": rank, "world": world, "files": data})
+
+
+def file_stamps(sources: Iterable[str]) -> list[list[int]]:
+    """Size and time of the last change of each source that is a file."""
+    files = [Path(source).stat() for source in sources if Path(source).exists()]
+    return [[file.st_size, file.st_mtime_ns] for file in files]
 
 
 def _save(path: Path, stamp: str, moments: dict[str, Covariance], progress: Progress) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lamkernels.covariance import Covariance
-from lamkernels.lam.blocks import ConditionalMoments, DerivedMoments
+from lamkernels.lam.blocks import ConditionalMoments, DerivedMoments, JointMoments
 from lamkernels.lam.linear import LinearLAM
 from lamkernels.lam.linear_metrics import action_recovery, mean_square, partial_r2, probe_r2
 
@@ -41,12 +41,16 @@ def measure(model: LinearLAM, fitted: Covariance, held_out: Covariance) -> dict[
         "latent": model.latent_rank,
         "effective": model.effective_rank,
     }
+    actions = None
+    if "a" in fitted.mean:
+        other = model.latent_moments(held_out) if held_out.count > 1 else None
+        actions = told_of_actions(model.latent_moments(fitted), other)
     return {
         "pairs": {"fitted": fitted.count, "held_out": held_out.count},
         "loss": losses,
         "ranks": ranks,
         "eigenvalues": model.eigenvalues.tolist(),
-        "actions": _actions(model, fitted, held_out) if "a" in fitted.mean else None,
+        "actions": actions,
     }
 
 
@@ -61,15 +65,20 @@ def _copy_loss(moments: Covariance) -> float:
     return float(change.covariance("change", "change").trace() + change.mean["change"].square().sum())
 
 
-def _actions(model: LinearLAM, fitted: Covariance, held_out: Covariance) -> dict[str, Any]:
-    moments = model.latent_moments(fitted)
-    given_o = ConditionalMoments(moments, "o")
+def told_of_actions(fitted: JointMoments, held_out: JointMoments | None) -> dict[str, Any]:
+    """What latent actions say about actions: "actions" of :func:`measure`.
+
+    Args:
+        fitted: moments of blocks "o", "z" and "a".
+        held_out: the same of other pairs, for the probe; None where there are none.
+    """
+    given_o = ConditionalMoments(fitted, "o")
     whole, rest = (m.covariance("z", "z").diagonal() for m in (given_o, ConditionalMoments(given_o, "a")))
     used = whole > 0
     return {
-        "recovery": action_recovery(moments),
-        "held_out": probe_r2(moments, model.latent_moments(held_out), "a") if held_out.count > 1 else None,
-        "unexplained_latent": 1 - partial_r2(moments, "z", z="a"),
+        "recovery": action_recovery(fitted),
+        "held_out": None if held_out is None else probe_r2(fitted, held_out, "a"),
+        "unexplained_latent": 1 - partial_r2(fitted, "z", z="a"),
         "by_dimension": torch.where(used, (rest / whole).clamp(0, 1), 0.0).tolist(),
     }
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lamkernels.lam.objectives import relative_motion_error
 from lamkernels.lam.stock import StockVectorQuantize
 from lamkernels.nn import VectorQuantize
+from lamkernels.processes import Processes
 
 BOTTLENECKS = ("vq", "stock-vq", "gaussian", "none")
 FORWARD_MODELS = ("unet", "conv")
@@ -104,7 +105,8 @@ class GaussianBottleneck(nn.Module):
     """A diagonal Gaussian with a standard normal prior (Kingma and Welling 2014).
 
     x (..., D) -> latent (..., D), None, weight · KL, the divergence summed over D and averaged over the rest. In
-    training the latent is a sample, in evaluation the mean.
+    training the latent is a sample, in evaluation the mean. Processes with one state of torch's generator draw the
+    noise that one process would draw for the joined batch.
     """
 
     def __init__(self, dim: int, weight: float) -> None:
@@ -115,8 +117,31 @@ class GaussianBottleneck(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
         mean, log_variance = self.moments(x).chunk(2, dim=-1)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1).mean()
-        latent = mean + torch.randn_like(mean) * (0.5 * log_variance).exp() if self.training else mean
+        latent = mean + self._noise(mean) * (0.5 * log_variance).exp() if self.training else mean
         return latent, None, self.weight * divergence
+
+    def _noise(self, mean: Tensor) -> Tensor:
+        processes, rows = Processes(), len(mean)
+        noise = torch.randn((processes.size * rows, *mean.shape[1:]), dtype=mean.dtype, device=mean.device)
+        return noise[processes.rank * rows :][:rows]
+
+
+class JoinedBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of (B, F) over the batches of all processes, which are of one length, on any device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        processes = Processes()
+        if not self.training or processes.size == 1:
+            return super().forward(x)
+        wide, count = x.double(), processes.size * len(x)
+        mean, square = (processes.total(torch.stack([wide.sum(0), wide.square().sum(0)])) / count).unbind()
+        variance = square - mean.square()
+        with torch.no_grad():
+            for kept, new in ((self.running_mean, mean), (self.running_var, variance * count / (count - 1))):
+                kept.lerp_(new.to(kept), self.momentum)  # type: ignore[union-attr, arg-type]
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        normalised: Tensor = (wide - mean) * (variance + self.eps).rsqrt()
+        return normalised.to(x)
 
 
 class InverseDynamics(nn.Module):
@@ -142,7 +167,7 @@ class InverseDynamics(nn.Module):
         self.shape = (config.tokens, config.latent_dim)
         latent = config.tokens * config.latent_dim
         self.head = nn.Linear(4 * w, latent, bias=False)
-        self.norm = nn.BatchNorm1d(latent, affine=False)
+        self.norm = JoinedBatchNorm(latent, affine=False)
 
     def forward(self, frame: Tensor, next_frame: Tensor) -> Tensor:
         hidden = CHANGE_SCALE * (next_frame - frame)
@@ -243,7 +268,12 @@ class LatentActionModel(nn.Module):
         frame, next_frame = self._pixels("frame", frame), self._pixels("next_frame", next_frame)
         latent, indices, bottleneck_loss = self.bottleneck(self.inverse_dynamics(frame, next_frame))
         prediction = frame + self.forward_model(frame, latent)
-        loss = relative_motion_error(prediction, next_frame, frame, self.config.motion_weight)
+        predicted, target, source = (
+            # no mean over the rows: its scale is that of the joined batch
+            Processes().joined(pixels) if self.training else pixels
+            for pixels in (prediction, next_frame, frame)
+        )
+        loss = relative_motion_error(predicted, target, source, self.config.motion_weight)
         return LAMOutput(prediction, latent, indices, loss, bottleneck_loss)
 
     def encode(self, frame: Tensor, next_frame: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -74,7 +74,7 @@ SPREAD = Controls(action_variance=(2.0, 1.0, 0.5), eps_spectrum=(1.0, 0.7, 0.5))
 LEVELS = tuple(round(0.5 * ratio, 12) for ratio in (0.125, 0.25, 0.5, 0.7, 1.4, 2.5, 6.0, 16.0))
 CONTROLS = {
     "noise": NonlinearControls(replace(SPREAD, eps_variance=LEVELS), bottlenecks=("none", "vq", "fsq")),
-    "bottlenecks": NonlinearControls(replace(SPREAD, eps_variance=(0.125, 4.0)), bottlenecks=tuple(BOTTLENECKS)),
+    "bottlenecks": NonlinearControls(replace(SPREAD, eps_variance=(0.125, 8.0)), bottlenecks=tuple(BOTTLENECKS)),
     "remedies": NonlinearControls(Controls(eps_variance=(4.0,), horizon=2), remedies=REMEDIES),
     "dependence": NonlinearControls(Controls(eps_variance=(0.5, 2.0), coupling=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0))),
 }

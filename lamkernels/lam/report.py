@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lamkernels.lam import figures
-from lamkernels.lam.report_template import TEMPLATE
+from lamkernels.lam.report_template import BASE, TEMPLATE
 from lamkernels.lam.train import Trainer
 
 EXAMPLES = 4
@@ -93,8 +93,6 @@ def render(results: dict[str, Any], trainer: Trainer, codes: Tensor, pairs: Tens
     Raises:
         ModuleNotFoundError: jinja2 or matplotlib is not installed.
     """
-    from jinja2 import Environment
-
     model, data = trainer.model.eval(), trainer.data
     test, test_codes = pairs[held_out:], codes[held_out:]
     actions, names = data.actions[test], data.action_names
@@ -107,13 +105,21 @@ def render(results: dict[str, Any], trainer: Trainer, codes: Tensor, pairs: Tens
         "predictions": figures.predictions(model, frames, next_frames, played),
         "codes": figures.what_codes_do(model, frames[1], next_frames[1], test_codes, actions, names),
     }
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(TEMPLATE).render(
-        results=results,
-        rows=headline(results),
-        verdict=verdict(results),
-        images={name: base64.b64encode(png).decode("ascii") for name, png in images.items()},
-    )
+    return page(TEMPLATE, images, results=results, rows=headline(results), verdict=verdict(results))
+
+
+def page(template: str, images: Mapping[str, bytes], **values: Any) -> str:
+    """A self-contained page from a template that extends "base"; its ``images`` are base64 of the PNGs.
+
+    Raises:
+        ModuleNotFoundError: jinja2 is not installed.
+    """
+    from jinja2 import DictLoader, Environment
+
+    loader = DictLoader({"base": BASE, "page": template})
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    encoded = {name: base64.b64encode(png).decode("ascii") for name, png in images.items()}
+    return environment.get_template("page").render(images=encoded, **values)
 
 
 def _examples(frames: Tensor, test: Tensor, actions: Tensor, classes: int) -> list[int]:

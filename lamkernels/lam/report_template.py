@@ -1,11 +1,11 @@
-"""The page of the report, a jinja2 template; its figures and numbers come from ``report.py``."""
+"""The pages of the reports, jinja2 templates; figures and numbers of the demonstration's come from ``report.py``."""
 
-TEMPLATE = """<!doctype html>
+BASE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>lamkernels demo: {{ results.config.data.game }}</title>
+<title>{% block title %}{% endblock %}</title>
 <style>
   :root { color-scheme: light; }
   body { font: 16px/1.55 system-ui, sans-serif; color: #22272e; max-width: 62rem; margin: 2.5rem auto; padding: 0
@@ -29,6 +29,14 @@ TEMPLATE = """<!doctype html>
 </style>
 </head>
 <body>
+{% block body %}{% endblock %}
+</body>
+</html>
+"""
+
+TEMPLATE = """{% extends "base" %}
+{% block title %}lamkernels demo: {{ results.config.data.game }}{% endblock %}
+{% block body %}
 <h1>One latent action model, trained twice</h1>
 <p class="lead">{{ results.config.data.game|capitalize }}, {{ "{:,}".format(results.data.trained_transitions) }}
   transitions,
@@ -97,6 +105,5 @@ differ most. Above each, the action that was played most often under that word i
   held out</dd>
 <dt>settings</dt><dd><code>results.json</code>, with every number of this page</dd>
 </dl>
-</body>
-</html>
+{% endblock %}
 """

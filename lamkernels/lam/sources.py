@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import zipfile
@@ -16,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lamkernels.lam import lerobot
 from lamkernels.lam.data import DataConfig, play, resize
+from lamkernels.lam.parquet import package, parquet_parts
 from lamkernels.validation import check_integer
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class Batch(NamedTuple):
     """Rows that follow those of the batch before.
 
     Attributes:
-        rows: (N, D) float32: one frame or feature vector each, flattened; uint8 is scaled to [0, 1].
+        rows: (N, D) float32: one frame or feature vector each, flattened; uint8 is scaled to [0, 1]. From
+            :meth:`Source.frames` (N, 3, side, side) uint8.
         starts: (N,) bool: the first row of an episode. The first row of a file is one.
         actions: (N,) or (N, A), in the dtype of the file: what led from a row to the next; None where there are none.
         source: the file or the game.
@@ -65,18 +67,22 @@ class Source:
 
     A file holds "rows", "frames", "features" or "observation.state", (T, ...), or a single array of any name. It may
     hold "actions" or "action" (T, ...), and its episodes as "starts" (T,) bool or as "episodes" or "episode_index"
-    (T,) numbers; without them it is one episode. The Parquet files of LeRobot are read as they are.
+    (T,) numbers; without them it is one episode. The Parquet files of LeRobot are read as they are, and the videos of
+    its data sets (:mod:`lamkernels.lam.lerobot`) with the actions and the episodes of their frames.
 
     A file that cannot be read, or whose rows have another length than those before, is reported in ``skipped`` and in
     the log, and the next one is taken. Rows that came out of it before it broke remain, and are an episode's beginning.
 
     Args:
         paths: files (.npy, .npz, .safetensors, .parquet, .avi, .mkv, .mov, .mp4, .webm), folders, of which the files of
-            these kinds are taken in the order of their names, and games ("atari:breakout"; :func:`play`).
+            these kinds are taken in the order of their names, of a LeRobot data set the videos of one camera (its
+            Parquet files where it has none, or ``rows`` names one of their columns), and games ("atari:breakout";
+            :func:`play`).
         side: height and width to which the frames of videos and games are resized, pixels; and frames of arrays that
             are larger, (T, H, W, C) or (T, C, H, W) uint8 with 1, 3 or 4 channels.
         rows: the name of the array or column of rows; None looks for the names above.
         actions: the same of the actions.
+        camera: of LeRobot data sets, "observation.images.top" or only "top"; None takes the first.
         batch_entries: the most entries of a batch of more than one row.
 
     Attributes:
@@ -95,6 +101,7 @@ class Source:
         side: int = 64,
         rows: str | None = None,
         actions: str | None = None,
+        camera: str | None = None,
         batch_entries: int = BATCH_ENTRIES,
     ) -> None:
         check_integer("side", side)
@@ -103,7 +110,7 @@ class Source:
         self._asked = {kind: name for kind, name in (("rows", rows), ("actions", actions)) if name is not None}
         self._names = {kind: (self._asked[kind],) if kind in self._asked else NAMES[kind] for kind in NAMES}
         self._single = rows is None  # then a single array is taken whatever its name
-        self._sources = expanded(paths)
+        self._sources = expanded(paths, rows=rows, camera=camera)
         self._games = {
             name: DataConfig(game=name[6:], size=side) for name in self._sources if name.startswith("atari:")
         }
@@ -115,12 +122,26 @@ class Source:
         Raises:
             ModuleNotFoundError: a kind of file needs a package that is not installed.
         """
+        return self._read(_as_rows)
+
+    def frames(self) -> Iterator[Batch]:
+        """Yields the batches of every file as pictures: rows (N, 3, side, side) uint8, RGB.
+
+        Videos and games are; of arrays those that are (T, H, W, C), (T, C, H, W) or, as grey levels, (T, H, W), uint8
+        or floating point in [0, 1]. Others are skipped. A fourth channel, of opacity, is left out.
+
+        Raises:
+            ModuleNotFoundError: a kind of file needs a package that is not installed.
+        """
+        return self._read(partial(_as_frames, side=self._side))
+
+    def _read(self, convert: Callable[[Tensor], Tensor]) -> Iterator[Batch]:
         self.skipped, width = [], None
         for source in self._sources:
             episode = None
             try:
                 for part in self._parts(source):
-                    rows = _as_rows(part["rows"])
+                    rows = convert(part["rows"])
                     width = width or rows.shape[1]
                     if rows.shape[1] != width:
                         raise ValueError(f"its rows have {rows.shape[1]} entries, those before have {width}")
@@ -137,9 +158,11 @@ class Source:
         if source in self._games:
             return self._game(self._games[source])
         if path.suffix in VIDEOS:
-            return _video(path, self._side, self._batch_entries)
+            parts = _video(path, self._side, self._batch_entries)
+            root = lerobot.root_of(path)
+            return parts if root is None else lerobot.paired(parts, root, path, self._names["actions"])
         if path.suffix == ".parquet":
-            return _parquet(path, self._chosen, self._batch_entries)
+            return parquet_parts(path, self._chosen, self._batch_entries)
         return self._array_file(path)
 
     def _game(self, config: DataConfig) -> Iterator[Part]:
@@ -189,21 +212,25 @@ class Array(NamedTuple):
     read: Callable[[int, int], Tensor]
 
 
-def expanded(paths: str | Path | Sequence[str | Path]) -> list[str]:
-    """The files and games that paths stand for: of a folder, its files of known kinds in the order of their names.
+def expanded(
+    paths: str | Path | Sequence[str | Path], *, rows: str | None = None, camera: str | None = None
+) -> list[str]:
+    """The files and games that paths stand for, as :class:`Source` says.
 
     Raises:
         ValueError: a file is of another kind, or a folder has no file of these kinds.
         FileNotFoundError: there is no such file or folder.
     """
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    return [source for path in given for source in _files(str(path))]
+    return [source for path in given for source in _files(str(path), rows, camera)]
 
 
-def _files(path: str) -> list[str]:
+def _files(path: str, rows: str | None, camera: str | None) -> list[str]:
     """The files of a folder, or the file or game itself."""
     if path.startswith("atari:"):
         return [path]
+    if lerobot.is_dataset(Path(path)):
+        return lerobot.files(Path(path), rows=rows, camera=camera)
     if Path(path).is_dir():
         files = sorted(str(file) for file in Path(path).iterdir() if file.suffix in KINDS and file.is_file())
         if not files:
@@ -222,6 +249,24 @@ def _as_rows(values: Tensor) -> Tensor:
         raise ValueError(f"its rows are {values.dtype} of shape {tuple(values.shape[1:])}")
     rows = values.reshape(len(values), -1).float()
     return rows / 255 if values.dtype == torch.uint8 else rows
+
+
+def _as_frames(values: Tensor, *, side: int) -> Tensor:
+    """Pictures (N, H, W), (N, H, W, C) or (N, C, H, W) -> (N, 3, side, side) uint8."""
+    planes = values[:, None] if values.ndim == 3 and values.dtype == torch.uint8 else values
+    if planes.ndim != 4 or not values.numel() or not {planes.shape[1], planes.shape[3]} & set(CHANNELS):
+        raise ValueError(
+            f"its rows are {values.dtype} of shape {tuple(values.shape[1:])}; frames are (H, W, C) or (C, H, W) with "
+            f"{', '.join(map(str, CHANNELS))} channels: features and vectors are for the linear model"
+        )
+    if planes.shape[1] not in CHANNELS or (planes.shape[3] in CHANNELS and planes.shape[1] > planes.shape[3]):
+        planes = planes.permute(0, 3, 1, 2)
+    if planes.dtype != torch.uint8:
+        if not planes.is_floating_point() or not bool(((planes >= 0) & (planes <= 1)).all()):
+            raise ValueError(f"its frames are {values.dtype}; they must be uint8, or floating point in [0, 1]")
+        planes = (255 * planes.float()).round().to(torch.uint8)
+    planes = planes.expand(-1, 3, -1, -1) if planes.shape[1] == 1 else planes[:, :3]
+    return planes if planes.shape[2:] == (side, side) else resize(planes, side)
 
 
 def _fitted(frames: Tensor, side: int) -> Tensor:
@@ -313,43 +358,9 @@ def _open_safetensors(path: Path, stack: ExitStack) -> Arrays:
     return {name: partial(array, name) for name in file.keys()}  # noqa: SIM118
 
 
-def _package(module: str, package: str, path: Path) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path} needs {package}: pip install {package}") from error
-
-
-def _parquet(path: Path, choose: Callable[[Iterable[str]], dict[str, str]], entries: int) -> Iterator[Part]:
-    """Columns of numbers, or of lists of numbers."""
-    parquet = _package("pyarrow.parquet", "pyarrow", path)
-    with parquet.ParquetFile(path) as file:
-        chosen = choose(file.schema_arrow.names)
-        # only the data know the length of a list: the first row says how many rows make a batch
-        first = next(file.iter_batches(1, columns=[chosen["rows"]]), None)
-        width = 1 if first is None else _column(first.column(0)).numel()
-        for batch in file.iter_batches(max(1, entries // max(1, width)), columns=list(chosen.values())):
-            yield {kind: _column(batch.column(name)) for kind, name in chosen.items()}
-
-
-def _column(values: Any) -> Tensor:
-    """An Arrow array of numbers (N,), or of lists of them, as long as each other, (N, ...)."""
-    compute = importlib.import_module("pyarrow.compute")
-    shape = [len(values)]
-    while "list" in str(values.type):
-        lengths = compute.unique(compute.list_value_length(values)).to_pylist()
-        if len(lengths) != 1 or values.null_count:
-            raise ValueError(f"a column has lists of the lengths {lengths[:5]}; they must be equal")
-        shape.append(lengths[0])
-        values = values.flatten()
-    if values.null_count:
-        raise ValueError("a column has empty entries")
-    return torch.from_numpy(np.array(values.to_numpy(zero_copy_only=False))).reshape(shape)
-
-
 def _video(path: Path, side: int, entries: int) -> Iterator[Part]:
     """Every frame of the first video stream, RGB, (N, side, side, 3) uint8."""
-    av = _package("av", "av", path)
+    av = package("av", "av", path)
     frames: list[Tensor] = []
     with av.open(str(path)) as container:
         if not container.streams.video:

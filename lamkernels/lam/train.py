@@ -1,4 +1,4 @@
-"""The training loop: seeded, resumable to the last bit."""
+"""The training loop: seeded, resumable to the last bit, on one process or on many."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lamkernels.lam.data import FrameData
 from lamkernels.lam.files import load_tensors, save_tensors
-from lamkernels.lam.model import LAMConfig, LatentActionModel
+from lamkernels.lam.model import LAMConfig, LAMOutput, LatentActionModel
+from lamkernels.processes import Processes
 
 CHECKPOINT_FORMAT = "lamkernels lam checkpoint 1"
 ADAM_EPS = 1e-5  # with 1e-8, entries that have almost no gradient follow its rounding
@@ -33,6 +34,8 @@ class TrainConfig:
         weight_decay: of AdamW.
         seed: of the initialisation, the order of the data and every draw in training.
         dtype: "float32" or "float64", of the model; the initial weights are those of float32 in both.
+        amp: autocast to bfloat16. Weights, codebook and its statistics stay in ``dtype``.
+        compile: compile inverse dynamics and forward model with ``torch.compile``.
     """
 
     steps: int = 1000
@@ -41,6 +44,8 @@ class TrainConfig:
     weight_decay: float = 1e-4
     seed: int = 0
     dtype: str = "float32"
+    amp: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -50,6 +55,8 @@ class TrainConfig:
             raise ValueError("learning_rate must be positive and weight_decay at least 0")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(map(repr, DTYPES))}")
+        if self.amp and self.dtype != "float32":
+            raise ValueError(f"amp is for dtype 'float32', and it is {self.dtype!r}")
 
 
 class Trainer:
@@ -59,6 +66,9 @@ class Trainer:
     function of seed and epoch alone) and the draws of the bottleneck, from a generator state of this trainer. Trainers
     can therefore take turns in one process without disturbing one another.
 
+    Where ``torch.distributed`` is initialised, all processes make a trainer of the same arguments and take every step
+    together: each computes its part of the batch, and the run is that of one process but for rounding.
+
     Args:
         model_config: of the model.
         data: frames; they stay on the CPU.
@@ -67,7 +77,7 @@ class Trainer:
         device: of the model.
 
     Raises:
-        ValueError: there are fewer pairs than one batch takes.
+        ValueError: there are fewer pairs than one batch takes, or the processes cannot share a batch evenly.
     """
 
     def __init__(
@@ -83,6 +93,11 @@ class Trainer:
         self.pairs = data.pairs if pairs is None else pairs
         if len(self.pairs) < config.batch_size:
             raise ValueError(f"data has {len(self.pairs)} pairs; a batch takes {config.batch_size}")
+        self._processes = Processes()
+        if config.batch_size % self._processes.size:
+            raise ValueError(
+                f"batch_size is {config.batch_size}; {self._processes.size} processes must share it evenly"
+            )
         self.device = torch.device(device)
         self.step = 0
         self.losses: dict[str, list[Tensor]] = {name: [] for name in LOSSES}
@@ -91,34 +106,42 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.model = LatentActionModel(model_config).to(self.device, DTYPES[config.dtype])
             self._rng = self._rng_state()
+        self._shared: nn.Module = self.model
+        if config.compile:  # the networks: the bottleneck is fused as it is, and draws as it does without
+            self.model.inverse_dynamics.compile()
+            self.model.forward_model.compile()
+        if self._processes.size > 1:
+            self._shared = nn.parallel.DistributedDataParallel(self._shared)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, eps=ADAM_EPS
         )
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Frames and next frames, (B, C, S, S) uint8, of a step."""
+        """Frames and next frames, (B, C, S, S) uint8, of a step: this process's part of it."""
         per_epoch = len(self.pairs) // self.config.batch_size
         epoch, position = divmod(step, per_epoch)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed((self.config.seed << 20) + epoch)
             self._order = (epoch, torch.randperm(len(self.pairs), generator=generator))
-        size = self.config.batch_size
-        first = self.pairs[self._order[1][position * size : (position + 1) * size]]
-        return self.data.frames[first].to(self.device), self.data.frames[first + 1].to(self.device)
+        size = self.config.batch_size // self._processes.size
+        start = position * self.config.batch_size + self._processes.rank * size
+        first = self.pairs[self._order[1][start : start + size]]
+        return self.data.frames[first].to(self.device), self.data.frames[first + self.data.lag].to(self.device)
 
     def train_step(self) -> None:
         """One optimiser step; its losses are appended to ``losses``, on the device: nothing waits for it."""
         frame, next_frame = self.batch(self.step)
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * self._schedule(self.step)
-        with self._own_rng():
-            output = self.model(frame, next_frame)
+        self.set_learning_rate()
+        with self.own_rng():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+                output: LAMOutput = self._shared(frame, next_frame)
             self.optimizer.zero_grad(set_to_none=True)
-            output.loss.backward()
+            output.loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
-        for name in LOSSES:
-            self.losses[name].append(getattr(output, name).detach())
+        values = torch.stack([getattr(output, name).detach().to(output.loss) for name in LOSSES])
+        for name, value in zip(LOSSES, self._processes.total(values) / self._processes.size, strict=True):
+            self.losses[name].append(value)
         self.step += 1
 
     def run(self, until: int | None = None, *, progress: bool = True) -> None:
@@ -184,9 +207,11 @@ class Trainer:
             "device": self.device.type,
         }
 
-    def _schedule(self, step: int) -> float:
-        warm_up = max(1, self.config.steps // 20)
-        return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.config.steps)))
+    def set_learning_rate(self) -> None:
+        """Gives the optimiser the learning rate of the step that comes."""
+        warm_up, cosine = max(1, self.config.steps // 20), math.cos(math.pi * min(1.0, self.step / self.config.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * min(1.0, (self.step + 1) / warm_up) * 0.5 * (1 + cosine)
 
     def _cuda_devices(self) -> list[torch.device]:
         return [self.device] if self.device.type == "cuda" else []
@@ -198,7 +223,7 @@ class Trainer:
         return state
 
     @contextmanager
-    def _own_rng(self) -> Iterator[None]:
+    def own_rng(self) -> Iterator[None]:
         """Inside, torch's generators are those of this trainer."""
         with torch.random.fork_rng(devices=self._cuda_devices()):
             torch.set_rng_state(self._rng["cpu"])

@@ -13,7 +13,7 @@ from lamkernels.functional import quantize_with_loss, vector_quantize
 from lamkernels.nn.health import CodebookHealth
 from lamkernels.nn.indices import module_indices
 from lamkernels.nn.learned_codebook import LearnedCodebook, read_initialized
-from lamkernels.one_call import OneCall, numba_one_call, plan_one_call
+from lamkernels.one_call import OneCall, cuda_steps, fits_one_launch, numba_one_call, plan_one_call
 from lamkernels.processes import Processes
 from lamkernels.processes import world_size as _world_size
 from lamkernels.validation import (
@@ -181,6 +181,8 @@ class VectorQuantize(LearnedCodebook):
         one_call = self._plan_one_call(x) if learning and mask is None and self.health is None else None
         if one_call is not None:
             return self._step_in_one_call(x, one_call)
+        if learning and mask is None and self.health is None and self._is_one_launch(x):
+            return self._step_in_one_launch(x)
         if self.training:
             self._check_training(learning)
             if self._needs_init:
@@ -234,6 +236,21 @@ class VectorQuantize(LearnedCodebook):
         if self.dead_code_threshold > 0:
             self._replace_dead_codes(x, None)
         return quantized, indices, loss if self.commitment_weight == 1 else self.commitment_weight * loss
+
+    def _is_one_launch(self, x: Tensor) -> bool:
+        """Whether the lookup and the update are one launch of a CUDA C++ kernel."""
+        if not x.is_cuda or self._needs_init or self.update != "ema" or self.metric != "l2" or self.gradient != "ste":
+            return False
+        return _world_size() == 1 and fits_one_launch(x, *self._averages(), backend=self.backend)
+
+    def _step_in_one_launch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rates = self.decay, self.eps
+        quantized, indices, loss = cuda_steps().ema_step(
+            x, self._averages(), self.precision, rates, self.commitment_weight
+        )
+        if self.dead_code_threshold > 0:
+            self._replace_dead_codes(x, None)
+        return quantized, indices, loss
 
     def _averages(self) -> tuple[Tensor, Tensor, Tensor]:
         buffers = self._buffers  # an attribute of a module takes its time

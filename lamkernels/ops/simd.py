@@ -7,6 +7,7 @@ entry is broadcast and the running minimum needs no reduction across lanes.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -34,6 +35,7 @@ BITS = _vector_bits()
 # The register tile: vectors of rows times codes. 3·4 accumulators of AVX2's 16 registers leave room for three vectors
 # of rows and a broadcast; AVX-512 has 32. Few codes to a tile, so that a small codebook is padded little.
 VECTORS, TILE = (3, 8) if BITS == 512 else (3, 4)
+CHAINS = 4  # sums of squares that grow side by side: as many as an addition takes cycles
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
 # Storage types by the scalar that stands for them: bf16 and fp16 travel as bit patterns.
@@ -136,6 +138,21 @@ def at(typingctx: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typingctx: Any, pointer: Any) -> Any:
+    """Asks for the cache line at an address, which need not exist."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        hints = (ir.Constant(I32, hint) for hint in (0, 3, 1))  # a read, into every cache, of data
+        builder.call(function, [builder.bitcast(args[0], byte), *hints])
+        return context.get_dummy_value()
+
+    return types.void(pointer), codegen
+
+
+@intrinsic
 def widen(typingctx: Any, value: Any) -> Any:
     """A stored scalar as the type it is computed in."""
     computed = types.float32 if value in (BF16, F16) else value
@@ -177,15 +194,16 @@ def fetch_add(typingctx: Any, array: Any, index: Any) -> Any:
     return types.int64(array, types.intp), codegen
 
 
-def _transpose(builder: ir.IRBuilder, rows: list[ir.Value], block: int) -> list[ir.Value]:
-    """Transposes a square of vectors: inside 128-bit lanes by unpacks, then the lanes by halves.
+def _transposed(builder: ir.IRBuilder, rows: list[ir.Value], storage: Any, block: int) -> list[ir.Value]:
+    """The columns of a square of entries, widened, from the addresses of its rows.
 
-    ``block`` is the number of elements in 128 bits; every shuffle is one instruction on x86 and on ARM.
+    ``block`` is the number of entries in 128 bits. Loads put every block in the lane of its column's vector, and what
+    is left is to transpose inside lanes: unpacks, which are one instruction each on x86 and on ARM.
     """
-    width = len(rows)
+    width, stored = len(rows), _stored(storage)
 
     def shuffle(a: ir.Value, b: ir.Value, mask: list[int]) -> ir.Value:
-        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, width), mask))
+        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(mask)), mask))
 
     def unpack(a: ir.Value, b: ir.Value, unit: int, high: bool) -> ir.Value:
         pattern: list[int] = []
@@ -195,46 +213,39 @@ def _transpose(builder: ir.IRBuilder, rows: list[ir.Value], block: int) -> list[
                 pattern += [*range(j, j + unit), *range(width + j, width + j + unit)]
         return shuffle(a, b, pattern)
 
-    for base in range(0, width, block):
+    def load(row: ir.Value, first: int) -> ir.Value:
+        part = _load(builder, builder.gep(row, [ir.Constant(I64, first)]), ir.VectorType(stored, block), 1)
+        return _widen(builder, part, storage)
+
+    columns = []
+    for first in range(0, width, block):
+        # vector i has, in lane after lane, the entries from ``first`` on of the rows i, block + i, 2·block + i, ...
+        vectors = []
+        for i in range(block):
+            parts = [load(row, first) for row in rows[i::block]]
+            while len(parts) > 1:
+                size = 2 * parts[0].type.count
+                parts = [shuffle(a, b, list(range(size))) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+            vectors += parts
         if block == 2:
-            a, b = rows[base : base + 2]
-            rows[base : base + 2] = [unpack(a, b, 1, False), unpack(a, b, 1, True)]
+            a, b = vectors
+            columns += [unpack(a, b, 1, False), unpack(a, b, 1, True)]
         else:
-            a, b, c, d = rows[base : base + 4]
+            a, b, c, d = vectors
             ab, cd = ([unpack(p, q, 1, high) for high in (False, True)] for p, q in ((a, b), (c, d)))
-            rows[base : base + 4] = [unpack(ab[i], cd[i], 2, high) for i in (0, 1) for high in (False, True)]
-    half = block
-    while half < width:
-        low = [j if j & half == 0 else width + j - half for j in range(width)]
-        high = [j + half if j & half == 0 else width + j for j in range(width)]
-        for i in range(width):
-            if i & half == 0:
-                a, b = rows[i], rows[i + half]
-                rows[i], rows[i + half] = shuffle(a, b, low), shuffle(a, b, high)
-        half *= 2
-    return rows
+            columns += [unpack(ab[i], cd[i], 2, high) for i in (0, 1) for high in (False, True)]
+    return columns
 
 
 @intrinsic
 def pack(
-    typingctx: Any,
-    x: Any,
-    stride: Any,
-    row: Any,
-    last: Any,
-    dim: Any,
-    mean: Any,
-    limit: Any,
-    out: Any,
-    step: Any,
-    bad: Any,
-    square: Any,
+    typingctx: Any, x: Any, stride: Any, dim: Any, mean: Any, limit: Any, out: Any, step: Any, bad: Any, square: Any
 ) -> Any:
     """Loads one vector of rows transposed, centres it, and marks rows that the fast path must not decide.
 
-    x: pointer to the rows, ``stride`` elements apart; rows ``row``, ``row + 1``, ... are read, none past ``last``.
-    out[d * step + lane] = x[row + lane, d] − mean[d]; bad[lane] = 1 where an entry is NaN or not below ``limit``;
-    square[lane] is the sum of the squares of the row's out.
+    x: pointer to the first row, ``stride`` elements before the second.
+    out[d * step + lane] = x[lane, d] − mean[d]; square[lane] is the sum of the squares of the row's out, and bad[lane]
+    is 1 where it is NaN or not below ``limit``.
     """
     storage, computed = x.dtype, out.dtype
     kind, width = _real(computed), lanes(computed.name)
@@ -242,57 +253,42 @@ def pack(
     vector = ir.VectorType(kind, width)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        x, stride, row, last, dim, mean, limit, out, step, bad, square = args
+        x, stride, dim, mean, limit, out, step, bad, square = args
         x = builder.bitcast(x, stored.as_pointer())
-        limits = _splat(builder, limit, width)
-        magnitude = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, [vector]), f"llvm.fabs.v{width}f{computed.bitwidth}"
-        )
-        prefetch = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32]),
-            "llvm.prefetch.p0",
-        )
-        ahead = builder.mul(
-            stride, ir.Constant(I64, VECTORS * width)
-        )  # the rows of the next tile, which need not exist
-        marks = cgutils.alloca_once_value(builder, ir.Constant(ir.VectorType(ir.IntType(1), width), None))
-        squares = cgutils.alloca_once_value(builder, ir.Constant(vector, None))
-        pointers = []
-        for lane in range(width):
-            index = builder.add(row, ir.Constant(I64, lane))
-            index = builder.select(builder.icmp_signed("<", index, last), index, last)
-            pointers.append(builder.gep(x, [builder.mul(index, stride)]))
+        # in turns: the sum of one column need not wait for that of the column before
+        squares = [cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for _ in range(CHAINS)]
 
-        def emit(d: ir.Value, column: ir.Value) -> None:
-            centred = builder.fsub(column, _splat(builder, builder.load(builder.gep(mean, [d])), width))
-            huge = builder.fcmp_unordered(">=", builder.call(magnitude, [centred]), limits)
-            builder.store(builder.or_(builder.load(marks), huge), marks)
-            product = builder.fmul(centred, centred, flags=("contract",))
-            builder.store(builder.fadd(product, builder.load(squares), flags=("contract",)), squares)
-            _store(builder, centred, builder.gep(out, [builder.mul(d, step)]), itemsize)
+        def emit(d: ir.Value, columns: list[ir.Value]) -> None:
+            for j, column in enumerate(columns):
+                entry = builder.add(d, ir.Constant(I64, j))
+                centred = builder.fsub(column, _splat(builder, builder.load(builder.gep(mean, [entry])), width))
+                _store(builder, centred, builder.gep(out, [builder.mul(entry, step)]), itemsize)
+                product = builder.fmul(centred, centred, flags=("contract",))
+                total = squares[j % CHAINS]
+                builder.store(builder.fadd(product, builder.load(total), flags=("contract",)), total)
 
         whole = builder.and_(dim, ir.Constant(I64, -width))
         with cgutils.for_range_slice(builder, ir.Constant(I64, 0), whole, ir.Constant(I64, width)) as (d, _):
-            rows = []
-            for p in pointers:
-                at_entry = builder.gep(p, [d])
-                rows.append(_widen(builder, _load(builder, at_entry, ir.VectorType(stored, width), 1), storage))
-                soon = builder.bitcast(builder.gep(at_entry, [ahead]), ir.IntType(8).as_pointer())
-                builder.call(prefetch, [soon, *(ir.Constant(I32, hint) for hint in (0, 3, 1))])  # a read, of data
-            for j, column in enumerate(_transpose(builder, rows, 16 // itemsize)):
-                emit(builder.add(d, ir.Constant(I64, j)), column)
+            row, rows = builder.gep(x, [d]), []
+            for _ in range(width):
+                rows.append(row)
+                row = builder.gep(row, [stride])
+            emit(d, _transposed(builder, rows, storage, 16 // itemsize))
         with cgutils.for_range_slice(builder, whole, dim, ir.Constant(I64, 1)) as (d, _):
             column = ir.Constant(ir.VectorType(stored, width), ir.Undefined)
-            for lane, p in enumerate(pointers):
-                column = builder.insert_element(column, builder.load(builder.gep(p, [d])), ir.Constant(I32, lane))
-            emit(d, _widen(builder, column, storage))
-        _store(builder, builder.zext(builder.load(marks), ir.VectorType(ir.IntType(8), width)), bad, 1)
-        _store(builder, builder.load(squares), square, itemsize)
+            row = builder.gep(x, [d])
+            for lane in range(width):
+                column = builder.insert_element(column, builder.load(row), ir.Constant(I32, lane))
+                row = builder.gep(row, [stride])
+            emit(d, [_widen(builder, column, storage)])
+        total = functools.reduce(builder.fadd, map(builder.load, squares))
+        huge = builder.fcmp_unordered(">=", total, _splat(builder, limit, width))
+        _store(builder, builder.zext(huge, ir.VectorType(ir.IntType(8), width)), bad, 1)
+        _store(builder, total, square, itemsize)
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(x, i64, i64, i64, i64, mean, computed, out, i64, bad, square), codegen
+    return types.void(x, i64, i64, mean, computed, out, i64, bad, square), codegen
 
 
 @intrinsic

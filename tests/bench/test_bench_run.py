@@ -138,6 +138,14 @@ def test_a_type_that_a_provider_does_not_take_is_absent(everything_present):
     assert (row.status, row.note) == ("absent", "takes float32 only")
 
 
+def test_a_workload_that_a_provider_refuses_is_absent(monkeypatch, everything_present):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for num_codes, absent in ((64, False), (1024, True)):
+        workload = Workload("custom", "train_step", 64, num_codes, 16)
+        row = runner._new_row(workload, PROVIDERS["cuda"], SETTINGS)
+        assert (row.status == "absent") is absent and ("shared memory" in row.note) is absent
+
+
 def test_a_real_process_answers_fails_and_comes_back():
     process = runner.ProviderProcess("reference", SETTINGS)
     try:
@@ -219,7 +227,7 @@ def test_plot_needs_matplotlib(monkeypatch, capsys):
         (["--op", "x,nearest_code"], "--op is 'x'; allowed are nearest_code, vector_quantize"),
         (
             ["--providers", "nope"],
-            "--providers is 'nope'; allowed are numba, numba-exact, numba-batches, triton, reference",
+            "--providers is 'nope'; allowed are numba, numba-exact, numba-batches, triton, cuda, reference",
         ),
         (["--providers", ","], "--providers is empty; allowed are numba"),
         (

@@ -1,20 +1,36 @@
+import contextlib
+import io
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from browser import check_page
 
 from lamkernels.lam import demo
 
 SMALLEST = demo.Size(transitions=300, steps=8, timed_steps=6, repeats=2, tokenizer_rows=256)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    for package in ("ale_py", "jinja2", "matplotlib", "safetensors", "tqdm"):
-        pytest.importorskip(package)
-    monkeypatch.setenv("LAMKERNELS_CACHE", str(tmp_path / "cache"))
+for package in ("ale_py", "jinja2", "matplotlib", "safetensors", "tqdm"):
+    pytest.importorskip(package)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAMKERNELS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module", params=["pong", "breakout"])
+def smallest(request, tmp_path_factory):
+    """The folder of a demonstration, what it returned and what it printed."""
+    out, printed = tmp_path_factory.mktemp("demo") / "out", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        results = demo.run(SMALLEST, request.param, 1, torch.device("cpu"), out)
+    return out, results, printed.getvalue()
 
 
 def check(out):
@@ -38,12 +54,14 @@ def check(out):
     return results
 
 
-@pytest.mark.parametrize("game", ["pong", "breakout"])
-def test_the_smallest_demonstration(tmp_path, game, capsys):
-    results = demo.run(SMALLEST, game, 1, torch.device("cpu"), tmp_path / "out")
-    assert check(tmp_path / "out")["curves"] == results["curves"]
-    printed = capsys.readouterr().out
+def test_the_smallest_demonstration(smallest):
+    out, results, printed = smallest
+    assert check(out)["curves"] == results["curves"]
     assert "stock loss" in printed and "report.html" in printed and "actions recovered from codes" in printed
+
+
+def test_the_page_in_a_browser(smallest, tmp_path):
+    check_page(smallest[0] / "report.html", 4, tmp_path)
 
 
 @pytest.mark.slow

@@ -213,12 +213,17 @@ print(sum(len(batch.rows) for batch in batches), peak() - before)
 """
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".mp4"])
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".parquet", ".mp4"])
 def test_a_file_is_never_in_memory_as_a_whole(tmp_path, suffix):
     path, count = tmp_path / f"a{suffix}", 2**19
     if suffix == ".mp4":  # 110 MiB of frames once they are resized
         count = 600
         write_video(path, np.zeros((count, 16, 16, 3), np.uint8))
+    elif suffix == ".parquet":  # in one row group, of values that do not compress
+        pyarrow = pytest.importorskip("pyarrow")
+        values = pyarrow.array(np.random.default_rng(0).random(64 * count, np.float32))
+        table = pyarrow.table({"rows": pyarrow.FixedSizeListArray.from_arrays(values, 64)})
+        pytest.importorskip("pyarrow.parquet").write_table(table, path)
     else:
         write(path, rows=np.zeros((count, 64), np.float32))  # 128 MiB
     command = [sys.executable, "-c", MEMORY, str(path)]

@@ -11,6 +11,8 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
+from lamkernels.ops.covariance import numba_few
+from lamkernels.ops.covariance.numba_few import FEW
 from lamkernels.ops.covariance.products import (
     DEPTH,
     SHARED,
@@ -29,7 +31,6 @@ from lamkernels.ops.simd import stored_type, widen, words
 
 SAMPLE = 1 << 16  # entries that the provisional mean is computed from
 FEW_ENDS = 16  # rows that are added to a scatter as one outer product each
-FEW = 4096  # pairs whose roundings do not average out if they hold few values: fp64
 # |x − shift| between these does not overflow or vanish in fp32: 64 times 2⁵⁸ squared
 # a unit of dither, as a share of the spread: all of them hardly enlarge a product, one changes its rounding
 DITHER = 181 * 2.0**-23
@@ -261,6 +262,10 @@ def cross(x: Tensor, y: Tensor, first: Scatter, second: Scatter, weights: Tensor
 def covariance(x: Tensor, y: Tensor | None, weights: Tensor | None, lag: int, precision: str) -> tuple[Tensor, ...]:
     """See :func:`lamkernels.moments`. ``x`` (H, N, D), ``y`` (H, N, E) or None, ``weights`` (H, max(N − lag, 0))."""
     x = x if x.stride(-1) == 1 else x.contiguous()
+    if y is None and weights is None and not lag and numba_few.suits(x):
+        weight, mean, xx = numba_few.moments(x)
+        mean_y, xy, yy = (xx.new_empty((x.shape[0], *shape)) for shape in ((0,), (x.shape[2], 0), (0, 0)))
+        return weight, mean, mean_y, xx, xy, yy
     y = y if y is None or y.stride(-1) == 1 else y.contiguous()
     heads = [
         moments_of_finite(

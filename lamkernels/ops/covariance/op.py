@@ -6,12 +6,13 @@ With a = x − x̄ and b = y − ȳ the scatters have no derivative through the 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lamkernels.ops.covariance.reference import effective_weights, pairs
+from lamkernels.ops.covariance.reference import pairs
 from lamkernels.ops.registration import register, register_gradient
 
 
@@ -37,45 +38,84 @@ covariance = register(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, y, weights, ctx.lag, ctx.precision, _ = inputs
     ctx.save_for_backward(x, y, weights, *output[:3])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Plain matrix products, in fp32 (fp64 for fp64 rows and exact ones): they are differentiable again."""
     x, y, weights, total, mean_x, mean_y = ctx.saved_tensors
     exact = x.dtype == torch.float64 or ctx.precision == "exact"
     computed = torch.float64 if exact else torch.float32
     first, second = pairs(x, y, ctx.lag)
-    weight, inside = effective_weights(first.detach(), second.detach(), weights)
+    inside = _finite(first.detach()) & _finite(second.detach())
+    if weights is not None:
+        inside &= (weights > 0) & (weights < torch.inf)
     share = total.where(total > 0, 1.0).reciprocal()[:, None, None]
-    grad_total, *others = grads
-    shift_x, shift_y = ((g[:, None] * share).to(computed) for g in others[:2])  # (H, 1, D), (H, 1, E)
-    xx, xy, yy = (g.to(computed) for g in others[2:])
-    scale = weight.to(computed)[..., None]
-    weighed = weights is not None and ctx.needs_input_grad[2]
+    shift_x, shift_y = (None if g is None else (g[:, None] * share).to(computed) for g in grads[1:3])  # (H, 1, D)
+    xx, xy, yy = (None if g is None else g.to(computed) for g in grads[3:])
+    both = second.shape[-1] > 0
+    a = _centred(first, mean_x, inside, computed)
+    b = _centred(second, mean_y, inside, computed) if both else a[..., :0]
     # the derivatives of the sums for pairs of weight 1
-    a = _centred(first, mean_x, computed).masked_fill(~inside[..., None], 0.0)
-    to_first, to_weight = a @ (xx + xx.transpose(1, 2)), 0.0
-    if weighed:
-        to_weight = (a * (a @ xx + shift_x)).sum(-1)
-    grad_y: Tensor | None = None
-    if second.shape[-1]:
-        b = _centred(second, mean_y, computed).masked_fill(~inside[..., None], 0.0)
-        to_first = to_first + b @ xy.transpose(1, 2)
-        grad_y = scale * (b @ (yy + yy.transpose(1, 2)) + a @ xy + shift_y)
-        if weighed:
-            to_weight = to_weight + (b * (b @ yy + a @ xy + shift_y)).sum(-1)
-    grad_x = scale * (to_first + shift_x)
-    if ctx.lag and grad_y is not None:  # the second rows are those of x too
+    to_first = _sum(_product(a, _symmetric(xx)), _product(b, _transposed(xy)) if both else None)
+    to_second = _sum(_product(b, _symmetric(yy)), _product(a, xy)) if both else None
+    grad_x, grad_y = (_weighed(*terms, weights, inside) for terms in ((to_first, shift_x), (to_second, shift_y)))
+    if ctx.lag and both:  # the second rows are those of x too
         rest, pad = min(ctx.lag, x.shape[1]), torch.nn.functional.pad
-        grad_x, grad_y = pad(grad_x, (0, 0, 0, rest)) + pad(grad_y, (0, 0, rest, 0)), None
-    grad_weights = ((to_weight + grad_total[:, None]) * inside).to(weights.dtype) if weighed else None
-    return grad_x.to(x.dtype), None if grad_y is None else grad_y.to(x.dtype), grad_weights, None, None, None
+        ends = (grad_x, (0, 0, 0, rest)), (grad_y, (0, 0, rest, 0))
+        grad_x, grad_y = _sum(*(None if grad is None else pad(grad, end) for grad, end in ends)), None
+    grad_weights: Tensor | None = None
+    if weights is not None and ctx.needs_input_grad[2]:
+        of_first = _sum(_product(a, xx), shift_x)
+        of_second = _sum(_product(b, yy), _product(a, xy), shift_y) if both else None
+        parts = [(rows * of).sum(-1) for rows, of in ((a, of_first), (b, of_second)) if of is not None]
+        of_weight = _sum(*parts, None if grads[0] is None else grads[0][:, None])
+        grad_weights = None if of_weight is None else (of_weight * inside).to(weights.dtype)
+    grad_x, grad_y = (None if grad is None else grad.to(x.dtype) for grad in (grad_x, grad_y))
+    return grad_x, grad_y, grad_weights, None, None, None
 
 
-def _centred(rows: Tensor, mean: Tensor, computed: torch.dtype) -> Tensor:
-    """rows − mean in the computed dtype; in two steps, so that a large mean costs no accuracy."""
+def _finite(rows: Tensor) -> Tensor:
+    """Which rows (H, N, D) have finite entries only, (H, N)."""
+    if rows.shape[-1] == 0:
+        return rows.new_ones(rows.shape[:2], dtype=torch.bool)
+    largest: Tensor = torch.linalg.vector_norm(rows, torch.inf, -1)  # in one pass, unlike isfinite().all()
+    return largest < torch.inf
+
+
+def _centred(rows: Tensor, mean: Tensor, inside: Tensor, computed: torch.dtype) -> Tensor:
+    """rows − mean in the computed dtype, 0 outside; in two steps, so that a large mean costs no accuracy."""
     near = mean.detach().to(computed)[:, None]
-    return (rows.to(computed) - near) - (mean[:, None] - near.double()).to(computed)
+    centred = rows.to(computed) - near
+    centred -= (mean[:, None] - near.double()).to(computed)
+    return centred.masked_fill_(~inside[..., None], 0.0)
+
+
+def _weighed(terms: Tensor | None, shift: Tensor | None, weights: Tensor | None, inside: Tensor) -> Tensor | None:
+    """w · (terms + shift), 0 outside, where ``terms`` is 0 already."""
+    total = _sum(terms, shift)
+    if total is None or (weights is None and shift is None):
+        return total
+    scale = inside if weights is None else weights.where(inside, 0.0)
+    return total * scale.to(total.dtype)[..., None]
+
+
+def _product(rows: Tensor, matrix: Tensor | None) -> Tensor | None:
+    return None if matrix is None else rows @ matrix
+
+
+def _transposed(matrix: Tensor | None) -> Tensor | None:
+    return None if matrix is None else matrix.transpose(1, 2)
+
+
+def _symmetric(matrix: Tensor | None) -> Tensor | None:
+    return None if matrix is None else matrix + matrix.transpose(1, 2)
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    """Of the terms that are not None."""
+    given = [term for term in terms if term is not None]
+    return functools.reduce(torch.add, given) if given else None
 
 
 register_gradient("covariance", _backward, _setup_context)

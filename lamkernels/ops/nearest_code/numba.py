@@ -28,6 +28,7 @@ from lamkernels.ops.simd import (
     micro,
     micro_runner_up,
     pack,
+    prefetch,
     stored_type,
     view,
     widen,
@@ -51,7 +52,7 @@ class Codes(NamedTuple):
     """One codebook as :func:`prepare` leaves it, in the type the scores are computed in."""
 
     mean: Any  # [D]
-    limit: Any  # [1], the entry of a row from which on fp64 decides it
+    limit: Any  # [1], the square ‖x−μ‖² of a row from which on fp64 decides it
     radius: Any  # [1], max‖c−μ‖
     half_norm: Any  # [K padded]
     finite: Any  # [K padded], 1 or 0
@@ -96,7 +97,7 @@ def prepare(codebook, euclidean, codes):
         # relative to the least, in fp64: codes of nearly equal norm keep their difference
         codes.half_norm[k] = 0.5 * (norms[k] - smallest_norm) if codes.finite[k] else np.inf
     huge, tiny = (1e300, 1e-140) if codes.mean.itemsize == 8 else (1e37, 1e-15)
-    codes.limit[0] = huge / (dim * max(largest, 1.0))
+    codes.limit[0] = min(huge / (dim * max(largest, 1.0)), np.sqrt(huge)) ** 2
     if count == 0 or largest_norm > huge or 0.0 < largest < tiny:
         codes.limit[0] = 0.0  # no code, or norms that overflow or vanish: fp64 decides every row
     codes.radius[0] = np.sqrt(largest_norm)
@@ -180,38 +181,79 @@ def scan(x, stride, codebook, codes, options, scratch, out):
     dim, width = codebook.shape[1], BITS // (8 * best.itemsize)
     rows, count = VECTORS * width, out.shape[0]
     tiles = (count + rows - 1) // rows
+    # every tile is full: the last one begins among the rows of the one before, and a short block repeats its last row
+    last = max(count - rows, 0)
+    source, step = (x, stride) if count >= rows else (_repeated(x, stride, dim, count, rows), dim)
     best[: tiles * rows] = np.inf
-    second[: tiles * rows] = np.inf
     index[: tiles * rows] = 0
+    if exact:
+        second[: tiles * rows] = np.inf
+    # where all codes are in one panel, a tile is scored as soon as it is packed, while the rows of the next are fetched
+    fits = panel >= codes.finite.shape[0]
     for i in range(tiles):
+        t = 0 if fits else i * rows * dim
         for r in range(VECTORS):
             lane = i * rows + r * width
-            to = at(packed, i * rows * dim + r * width)
-            pack(
-                at(x, 0), stride, lane, count - 1, dim, at(codes.mean, 0), codes.limit[0],
-                to, rows, at(bad, lane), at(square, lane),
-            )  # fmt: skip
-    for start in range(0, codes.finite.shape[0], panel):
-        end = min(start + panel, codes.finite.shape[0])
-        for i in range(tiles):
-            t, b, j, s = at(packed, i * rows * dim), at(best, i * rows), at(index, i * rows), at(second, i * rows)
-            if exact:
-                for k in range(start, end, TILE):
-                    micro_runner_up(t, at(codes.packed, k * dim), at(codes.half_norm, k), dim, k, b, j, s)
-            else:
-                for k in range(start, end, TILE):
-                    micro(t, at(codes.packed, k * dim), at(codes.half_norm, k), dim, k, b, j)
+            row = at(source, (min(i * rows, last) + r * width) * step)
+            to = at(packed, t + r * width)
+            pack(row, step, dim, at(codes.mean, 0), codes.limit[0], to, rows, at(bad, lane), at(square, lane))
+        if fits:
+            found = at(best, i * rows), at(index, i * rows), at(second, i * rows)
+            ahead = x, (i + 1) * rows * stride, stride, -(-rows * TILE // codes.finite.shape[0])
+            _score(at(packed, t), codes.packed, codes.half_norm, dim, 0, codes.finite.shape[0], exact, found, ahead)
+    if not fits:
+        for start in range(0, codes.finite.shape[0], panel):
+            stop = min(start + panel, codes.finite.shape[0])
+            for i in range(tiles):
+                found = at(best, i * rows), at(index, i * rows), at(second, i * rows)
+                ahead = x, 0, 0, 0
+                _score(at(packed, i * rows * dim), codes.packed, codes.half_norm, dim, start, stop, exact, found, ahead)
     if not euclidean:  # products that may underflow, in a score that nothing else is added to
         tiny = 1e-300 if best.itemsize == 8 else 1e-74
-        for n in range(count):
+        for n in range(tiles * rows):
             bad[n] |= np.float64(square[n]) * np.float64(codes.radius[0]) ** 2 < tiny
     if exact:
-        _mark_undecided(best, second, square, count, dim, codes.radius[0], euclidean, bad)
-    for n in range(count):
-        if bad[n]:
-            out[n] = nearest_in_fp64(x[n * stride : n * stride + dim], codebook, codes.finite, euclidean)
+        _mark_undecided(best, second, square, tiles * rows, dim, codes.radius[0], euclidean, bad)
+    before, undecided = (tiles - 1) * rows, 0  # rows of the tiles before the last
+    for n in range(before):
+        out[n] = index[n]
+        undecided |= bad[n]
+    for n in range(before, count):
+        out[n] = index[before + n - last]
+        undecided |= bad[before + n - last]
+    if undecided:
+        for n in range(count):
+            if bad[n if n < before else before + n - last]:
+                out[n] = nearest_in_fp64(x[n * stride : n * stride + dim], codebook, codes.finite, euclidean)
+
+
+@njit(**FLAGS)
+def _repeated(x, stride, dim, count, rows):
+    """Rows (count, D), ``stride`` elements apart, as a tile (rows, D) that ends in copies of the last one."""
+    tile = np.empty(rows * dim, x.dtype)
+    for n in range(rows):
+        first = min(n, count - 1) * stride
+        tile[n * dim : (n + 1) * dim] = x[first : first + dim]
+    return tile
+
+
+@njit(inline="always", **FLAGS)  # a call would pass its arguments through memory, for every tile
+def _score(tile, packed_codes, half_norm, dim, start, stop, exact, found, ahead):
+    """A packed tile of rows against the codes [start, stop), while the rows of the next tile are fetched.
+
+    ahead: where these are, their stride, and how many to fetch beside each tile of codes.
+    """
+    best, index, second = found
+    x, first, stride, count = ahead
+    line = 64 // x.itemsize
+    for k in range(start, stop, TILE):
+        for n in range(k // TILE * count, (k // TILE + 1) * count):
+            for d in range(0, dim, line):
+                prefetch(at(x, first + n * stride + d))
+        if exact:
+            micro_runner_up(tile, at(packed_codes, k * dim), at(half_norm, k), dim, k, best, index, second)
         else:
-            out[n] = index[n]
+            micro(tile, at(packed_codes, k * dim), at(half_norm, k), dim, k, best, index)
 
 
 @njit(**FLAGS)

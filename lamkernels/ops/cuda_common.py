@@ -1,0 +1,142 @@
+"""How the CUDA C++ sources of csrc/ are compiled and launched: by CuPy (NVRTC), on torch's current stream.
+
+CuPy is imported by the first call that needs it, compiles for the device that is there, and caches the result on disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import struct
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import lamkernels
+
+THREADS = 256  # of a block, in every kernel
+SHARED, SHARED_ELSEWHERE = 163 * 1024, 99 * 1024  # bytes that a block may use
+LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3), (11, 0))  # capabilities of GPUs with the first
+OLDEST = (8, 0)
+SLOTS = 2**14  # tickets of a device
+TYPES = {torch.float32: "float", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def missing() -> str:
+    """Why no CUDA C++ kernel can run here, or ""."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.version.hip is not None:
+        return "CUDA C++ needs an NVIDIA GPU; Triton serves this one"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 is the least"
+    try:
+        importlib.import_module("cupy")
+        read_source("vector_quantize.cu")
+    except Exception as error:  # CuPy can be broken in any way; the reason is what the user needs
+        major = (torch.version.cuda or "13").partition(".")[0]
+        return f"CuPy does not load the kernels ({error}); pip install cupy-cuda{major}x"
+    return ""
+
+
+@functools.cache
+def read_source(name: str) -> str:
+    """A file of csrc/, which is lamkernels/csrc where the package is installed."""
+    package = Path(lamkernels.__file__).parent
+    for folder in (package / "csrc", package.parent / "csrc"):
+        if (folder / name).is_file():
+            return (folder / name).read_text()
+    raise FileNotFoundError(f"csrc/{name} is not in this installation of lamkernels")
+
+
+@functools.cache
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may use there."""
+    large = device.type != "cuda" or torch.cuda.get_device_capability(device) in LARGE
+    return SHARED if large else SHARED_ELSEWHERE
+
+
+def launch(
+    kernel: str, source: str, dtypes: tuple[torch.dtype, torch.dtype], grid: int, arguments: bytes, shared: int,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Launches ``kernel`` of a source, compiled for rows and codes of these dtypes; its argument is one struct."""
+    with torch.cuda.device(device):  # the current one, for CuPy too
+        function = _function(kernel, source, dtypes, device)
+        with _stream(torch.cuda.current_stream()):
+            function((grid,), (THREADS,), (np.frombuffer(arguments, dtype=f"V{len(arguments)}"),), shared_mem=shared)
+
+
+@functools.cache
+def _function(kernel: str, source: str, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> Any:
+    cupy: Any = importlib.import_module("cupy")
+    defines = tuple(f"-D{side}_TYPE={TYPES[dtype]}" for side, dtype in zip("XC", dtypes, strict=True))
+    module = cupy.RawModule(code=read_source(source), options=("-std=c++17", "--fmad=false", *defines))
+    function = module.get_function(kernel)
+    if kernel.endswith("fwd"):
+        function.max_dynamic_shared_size_bytes = shared_limit(device)
+    return function
+
+
+@functools.lru_cache(maxsize=64)
+def _stream(stream: torch.cuda.Stream) -> Any:
+    cuda: Any = importlib.import_module("cupy").cuda
+    if hasattr(cuda.Stream, "from_external"):  # CuPy 14 and later
+        return cuda.Stream.from_external(stream)
+    return cuda.ExternalStream(stream.cuda_stream, stream.device_index)
+
+
+class Tickets:
+    """Counters of a device that are 0 before and after every launch: whose block is the last to finish.
+
+    Launches of one stream follow each other and share theirs. A launch that a CUDA graph captures has its own, because
+    the graph may be replayed on another stream beside any of them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the first call with backend='cuda' is inside a CUDA graph's capture; call it once before, to warm up"
+            )
+        self.slots = torch.zeros(SLOTS, dtype=torch.int32, device=device)
+        self.taken = 0
+        self.of_stream: dict[tuple[int, int], int] = {}
+        self.lock = threading.Lock()
+
+    def take(self, heads: int, stream: int, capturing: bool) -> int:
+        """The address of ``heads`` counters for a launch."""
+        with self.lock:
+            place = None if capturing else self.of_stream.get((stream, heads))
+            if place is None:
+                place = self.taken
+                if place + heads > SLOTS:
+                    raise RuntimeError(f"backend 'cuda' has used all of its {SLOTS} tickets; backend 'triton' has none")
+                self.taken += heads
+                if not capturing:
+                    self.of_stream[stream, heads] = place
+        return self.slots.data_ptr() + 4 * place
+
+
+def tickets(device: torch.device, heads: int) -> int:
+    """The address of a launch's tickets, on the current stream of its device."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return _tickets(device).take(heads, stream, torch.cuda.is_current_stream_capturing())
+
+
+@functools.cache
+def _tickets(device: torch.device) -> Tickets:
+    return Tickets(device)
+
+
+def pack(integers: tuple[int, ...], doubles: tuple[float, ...]) -> bytes:
+    """The struct that a kernel takes: pointers and integers of 64 bits, then doubles."""
+    return _packer(len(integers), len(doubles)).pack(*integers, *doubles)
+
+
+@functools.cache
+def _packer(integers: int, doubles: int) -> struct.Struct:
+    return struct.Struct(f"={integers}q{doubles}d")

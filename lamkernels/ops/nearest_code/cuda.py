@@ -1,0 +1,24 @@
+"""nearest_code in CUDA C++: the forward of vector_quantize without what comes after the lookup."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lamkernels.ops.vector_quantize.cuda import Outputs, check, launch_forward, unit_inner
+
+
+def nearest_code(
+    x: Tensor, codebook: Tensor, metric: str, precision: str, return_distance: bool
+) -> tuple[Tensor, Tensor]:
+    """``x`` (H, N, D) or (H, B, N / B, D), ``codebook`` (H, K, D); metric "l2" or "dot"."""
+    check(x, codebook, metric)
+    heads, rows = x.shape[0], x.shape[1:-1].numel()
+    indices = x.new_empty((heads, rows), dtype=torch.int64)
+    distance = x.new_empty((heads, rows if return_distance else 0), dtype=torch.float32)
+    if heads * rows:
+        out = Outputs(indices=indices, distance=distance if return_distance else None)
+        launch_forward(
+            x, unit_inner(codebook), codebook.shape[1], out, metric=metric, precision=precision, statistics=False
+        )
+    return indices, distance

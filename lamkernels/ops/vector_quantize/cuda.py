@@ -1,0 +1,271 @@
+"""vector_quantize in CUDA C++ (csrc/vector_quantize.cu): for the few rows of latent action models, one launch a pass.
+
+Also, in the launch of the forward, the moving averages of a codebook: :func:`ema_step`. Not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lamkernels.ops.cuda_common import THREADS, TYPES, launch, pack, shared_limit, tickets
+
+SOURCE = "vector_quantize.cu"
+ROWS, WARPS = 32, THREADS // 32  # of a tile and of a block, as in the source
+ROWS_PER_SUM = 4096  # rows whose residuals a block adds in fp32 before the parts are merged in fp64
+MAX_CODES = 256
+BLOCKS = 2**16  # of the backward, at most
+
+
+def shared_bytes(num_codes: int, dim: int) -> int:
+    """Of a block of the forward: codes, a tile of rows and what is known of both; `carve` in the source."""
+    stride = ((dim + 3) // 4 | 1) * 4
+    doubles = num_codes + WARPS + num_codes % 2
+    return 8 * doubles + 4 * ((num_codes + ROWS + 1) * stride + 3 * WARPS * ROWS + 4 * num_codes + ROWS)
+
+
+def fits(num_codes: int, dim: int, device: torch.device) -> bool:
+    """Whether a codebook (K, D) is in reach: it must lie in the shared memory of a block."""
+    return num_codes <= MAX_CODES and shared_bytes(num_codes, dim) <= shared_limit(device)
+
+
+def blocks(num_rows: int) -> int:
+    """How many blocks a head gets: their tiles take as long as the last one's merge of their parts.
+
+    A function of the shape alone, because the partition decides the bits of sums.
+    """
+    tiles = -(-num_rows // ROWS)
+    return max(1, min(tiles, max(math.isqrt(8 * tiles), -(-num_rows // ROWS_PER_SUM))))
+
+
+def check(x: Tensor, codebook: Tensor, metric: str) -> None:
+    """Raises ValueError where the kernels cannot serve these, saying what they serve."""
+    num_codes, dim = codebook.shape[-2:]
+    if x.dtype not in TYPES or codebook.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"backend 'cuda' takes float32, float16 and bfloat16; x is {x.dtype}")
+    if not fits(num_codes, dim, x.device):
+        raise ValueError(
+            f"backend 'cuda' takes codebooks of up to {MAX_CODES} codes that fit {shared_limit(x.device)} bytes of "
+            f"shared memory; ({num_codes}, {dim}) needs {shared_bytes(num_codes, dim)}"
+        )
+    if metric not in ("l2", "dot"):
+        raise ValueError(f"backend 'cuda' takes metric 'l2' and 'dot'; metric is {metric!r}")
+
+
+class Outputs(NamedTuple):
+    """Where a forward writes; None for what is not wanted. Their order is that of the source's struct."""
+
+    quantized: Tensor | None = None
+    indices: Tensor | None = None
+    distance: Tensor | None = None
+    commitment_loss: Tensor | None = None
+    codebook_loss: Tensor | None = None
+    counts: Tensor | None = None
+    sums: Tensor | None = None
+    residual_sums: Tensor | None = None
+    num_rows: Tensor | None = None
+    codebook: Tensor | None = None  # with the next two: updated in place
+    cluster_size: Tensor | None = None
+    code_sums: Tensor | None = None
+
+
+def launch_forward(
+    x: Tensor, codebook: Tensor | None, num_codes: int, out: Outputs, *, given: Tensor | None = None,
+    mask: Tensor | None = None, metric: str = "l2", precision: str = "default", statistics: bool = True,
+    lowest: int = -1, averaging: tuple[float, float] = (0.0, 0.0), weight: float = 1.0,
+) -> None:  # fmt: skip
+    """One launch of the forward.
+
+    Args:
+        x: (H, N, D), or (H, B, N / B, D) whose rows lie in groups.
+        codebook: (H, K, D) with entries side by side; None with ``given``.
+        num_codes: K.
+        out: what to write.
+        given: (H, N) int64: indices that are not to be looked up.
+        mask: (H, N) bool.
+        metric: "l2" or "dot".
+        precision: "exact" decides all rows in fp64; the others in fp32.
+        statistics: False for indices, quantised rows and distances alone.
+        lowest: the index of a row that is not finite.
+        averaging: decay and ε of the moving averages.
+        weight: of the loss.
+    """
+    heads, rows, dim = x.shape[0], x.shape[1:-1].numel(), x.shape[-1]
+    programs = blocks(rows)
+    strides = _row_strides(x)
+    scratch: tuple[int, ...] = (0, 0, 0, 0)
+    kept = None  # until the launch; then the allocator keeps the order of the stream
+    if statistics:
+        parts, losses = heads * programs * num_codes * dim, heads * programs
+        kept = x.new_empty(8 * losses + 4 * (parts + losses * num_codes), dtype=torch.uint8)
+        base = kept.data_ptr()
+        counts = base + 8 * losses + 4 * parts
+        scratch = (base + 8 * losses, base, counts, tickets(x.device, heads))
+    starts = strides[0], strides[1], strides[3] if strides[2] > 1 else 0  # between the first entries of rows
+    code_strides = (0, 0) if codebook is None else codebook.stride()[:2]
+    arguments = pack(
+        (
+            x.data_ptr(), _address(codebook), _address(given), _address(mask), *map(_address, out), *scratch,
+            rows, num_codes, dim, programs, *strides, *code_strides,
+            *((0, 0) if mask is None else mask.stride()), *((0, 0) if given is None else given.stride()),
+            metric == "dot", precision == "exact",
+            dim % 4 == 0 and strides[4] == 1 and _aligned(x, starts),
+            codebook is not None and dim % 4 == 0 and _aligned(codebook, code_strides),
+            lowest,
+        ),
+        (*averaging, weight),
+    )  # fmt: skip
+    dtypes = x.dtype, x.dtype if codebook is None else codebook.dtype
+    launch("vector_quantize_fwd", SOURCE, dtypes, heads * programs, arguments, shared_bytes(num_codes, dim), x.device)
+
+
+def vector_quantize(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, precision: str, gradient: str
+) -> tuple[Tensor, ...]:
+    """``x`` (H, N, D) or (H, B, N / B, D), ``codebook`` (H, K, D), ``mask`` (H, N) bool or None; no ``noise``."""
+    check(x, codebook, metric)
+    if gradient not in ("ste", "none"):
+        raise ValueError(f"backend 'cuda' takes gradient 'ste' and 'none'; gradient is {gradient!r}")
+    heads, rows, (num_codes, dim) = x.shape[0], x.shape[1:-1].numel(), codebook.shape[1:]
+    single = torch.float32
+    out = Outputs(
+        quantized=x.new_empty((heads, rows, dim)),
+        indices=x.new_empty((heads, rows), dtype=torch.int64),
+        commitment_loss=x.new_empty((heads,), dtype=single),
+        codebook_loss=x.new_empty((heads,), dtype=single),
+        counts=x.new_empty((heads, num_codes), dtype=torch.int64),
+        sums=x.new_empty((heads, num_codes, dim), dtype=single),
+        residual_sums=x.new_empty((heads, num_codes, dim), dtype=single),
+        num_rows=x.new_empty((heads,), dtype=torch.int64),
+    )
+    if heads:
+        launch_forward(x, unit_inner(codebook), num_codes, out, mask=mask, metric=metric, precision=precision)
+    found = tuple(t for t in out if t is not None)
+    return (found[0], found[1], *found[2:], x.new_empty((heads, 0, dim)))
+
+
+def vector_quantize_backward(
+    x: Tensor, codes: Tensor, indices: Tensor, residual_sums: Tensor, num_rows: Tensor, noise: Tensor | None,
+    grad_quantized: Tensor | None, grad_commitment: Tensor, grad_codebook_loss: Tensor, metric: str, gradient: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """grad_x as x, contiguous, and grad_codebook (H, K, D), in one launch."""
+    grad_x, grad_codebook = x.new_empty(x.shape), residual_sums.new_empty(residual_sums.shape)
+    launch_backward(
+        x, codes.contiguous(), indices.contiguous(), residual_sums.contiguous(), num_rows.contiguous(), grad_quantized,
+        grad_commitment, grad_codebook_loss, grad_x, grad_codebook,
+    )  # fmt: skip
+    return grad_x, grad_codebook
+
+
+def launch_backward(
+    x: Tensor, codes: Tensor, indices: Tensor | None, residual_sums: Tensor | None, num_rows: Tensor,
+    grad_quantized: Tensor | None, grad_commitment: Tensor, grad_codebook_loss: Tensor | None, grad_x: Tensor,
+    grad_codebook: Tensor | None, weight: float = 1.0,
+) -> None:  # fmt: skip
+    """One launch of the backward; without ``indices`` a row is in unless its code is NaN."""
+    heads, rows, dim = codes.shape
+    num_codes = 0 if residual_sums is None else residual_sums.shape[1]
+    entries = codes.numel() + (0 if grad_codebook is None else grad_codebook.numel())
+    if entries == 0:
+        return
+    arguments = pack(
+        (
+            x.data_ptr(), codes.data_ptr(), _address(indices), _address(residual_sums), num_rows.data_ptr(),
+            _address(grad_quantized), grad_commitment.data_ptr(), _address(grad_codebook_loss), grad_x.data_ptr(),
+            _address(grad_codebook), heads, rows, num_codes, dim, *_row_strides(x),
+            *((0, 0, 0) if grad_quantized is None else grad_quantized.stride()), grad_commitment.stride(0),
+            0 if grad_codebook_loss is None else grad_codebook_loss.stride(0),
+        ),
+        (weight,),
+    )  # fmt: skip
+    grid = min(BLOCKS, -(-entries // THREADS))
+    launch("vector_quantize_bwd", SOURCE, (x.dtype, x.dtype), grid, arguments, 0, x.device)
+
+
+def ema_step(
+    x: Tensor, averages: tuple[Tensor, Tensor, Tensor], precision: str, rates: tuple[float, float], weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Straight-through quantisation and the update of the codebook in one launch, and its backward in another.
+
+    Args:
+        x: (..., D).
+        averages: codebook (K, D), cluster_size (K,) and code_sums (K, D), float32 and contiguous; updated.
+        precision: as for :func:`lamkernels.nearest_code`.
+        rates: decay and ε, as of :class:`lamkernels.VectorQuantize`.
+        weight: of the commitment loss.
+
+    Returns:
+        quantized as x, indices (...,) int64 with 0 for a row that is not finite, and the weighted loss ().
+    """
+    step: tuple[Tensor, Tensor, Tensor] = _EmaStep.apply(x, averages, precision, rates, weight)  # type: ignore[no-untyped-call]
+    return step
+
+
+class _EmaStep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, averages: tuple[Tensor, Tensor, Tensor], precision: str, rates: tuple[float, float],
+        weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        from lamkernels.one_call import rows_in_groups
+
+        codebook = averages[0]
+        quantized = x.new_empty(x.shape)
+        indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
+        loss = x.new_empty((), dtype=torch.float32)
+        num_rows = x.new_empty((1,), dtype=torch.int64)
+        out = Outputs(
+            quantized=quantized, indices=indices, commitment_loss=loss, num_rows=num_rows, codebook=codebook,
+            cluster_size=averages[1], code_sums=averages[2],
+        )  # fmt: skip
+        rows = rows_in_groups(x.detach().unsqueeze(0))
+        launch_forward(
+            rows, codebook.unsqueeze(0), codebook.shape[0], out, precision=precision, lowest=0, averaging=rates,
+            weight=weight,
+        )  # fmt: skip
+        torch.autograd.graph.increment_version(averages)  # autograd notices the update by it
+        ctx.save_for_backward(x, quantized, num_rows)
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        ctx.weight = weight
+        return quantized, indices, loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        from lamkernels.one_call import rows_in_groups
+
+        x, quantized, num_rows = ctx.saved_tensors
+        grad_quantized, _, grad_loss = grads
+        dim = x.shape[-1]
+        grad_x = x.new_empty(x.shape)
+        launch_backward(
+            rows_in_groups(x.detach().unsqueeze(0)), quantized.view(1, -1, dim), None, None, num_rows,
+            None if grad_quantized is None else grad_quantized.reshape(1, -1, dim),
+            num_rows.new_zeros(1, dtype=torch.float32) if grad_loss is None else grad_loss.reshape(1), None, grad_x,
+            None, ctx.weight,
+        )  # fmt: skip
+        return grad_x, None, None, None, None
+
+
+def unit_inner(tensor: Tensor) -> Tensor:
+    """The tensor itself where neighbours of the last axis are neighbours in memory, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _row_strides(x: Tensor) -> tuple[int, int, int, int, int]:
+    """Of x (H, N, D) or (H, B, L, D), as the source takes them: of heads, groups, L, of rows, of entries."""
+    if x.ndim == 3:
+        return x.stride(0), x.stride(1), 1, 0, x.stride(2)
+    return x.stride(0), x.stride(1), x.shape[2], x.stride(2), x.stride(3)
+
+
+def _aligned(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether four entries from the start of any row lie in one aligned group."""
+    return tensor.data_ptr() % (4 * tensor.element_size()) == 0 and all(stride % 4 == 0 for stride in strides)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
