@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamkernels.lam.data import POLICIES, FrameData
+from lamkernels.lam.data import POLICIES, DataConfig, FrameData
 from lamkernels.lam.exogenous import ExogenousFrames
 from lamkernels.validation import check_integer, check_number, check_option, check_weight
 
@@ -74,13 +74,14 @@ def overlay(data: FrameData, config: OverlayConfig) -> ExogenousFrames:
         Frames (T, 1, S, S), actions one-hot (T, p), zeros where there was none.
 
     Raises:
+        TypeError: the frames are not of a game.
         ValueError: the coupling is not 0, and the actions never change.
     """
     grey, behind = background(data)
     acted = data.actions >= 0
     actions = F.one_hot(data.actions.clamp(min=0), len(data.action_names)).float() * acted[:, None]
     generator = torch.Generator().manual_seed(config.seed)
-    played = actions @ torch.tensor(DIRECTION[data.config.game])
+    played = actions @ torch.tensor(DIRECTION[_game(data)])
     state, innovation = _states(data.starts, acted, played, config, config.coupling, generator)
     frames = draw(grey, behind, state)
     view = view_state = None
@@ -96,7 +97,7 @@ def background(data: FrameData) -> tuple[Tensor, Tensor]:
     """The frames in grey, (T, S, S) float in [0, 255], and where a background shows in them, (T, S, S) bool."""
     grey = data.frames.float().mean(1)
     still = (grey - grey.median(0).values).abs() <= SPRITE
-    return grey, still & ~agent_region(data.config.game, grey.shape[-1])
+    return grey, still & ~agent_region(_game(data), grey.shape[-1])
 
 
 def draw(grey: Tensor, behind: Tensor, state: Tensor) -> Tensor:
@@ -140,6 +141,12 @@ def agent_region(game: str, size: int) -> Tensor:
     region = torch.zeros(size, size, dtype=torch.bool)
     region[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)] = True
     return region
+
+
+def _game(data: FrameData) -> str:
+    if not isinstance(data.config, DataConfig):
+        raise TypeError(f"the frames have a {type(data.config).__name__}; the overlay needs those of a game, DataConfig")
+    return data.config.game
 
 
 def _states(
