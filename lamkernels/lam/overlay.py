@@ -145,7 +145,7 @@ def agent_region(game: str, size: int) -> Tensor:
 
 def _game(data: FrameData) -> str:
     if not isinstance(data.config, DataConfig):
-        raise TypeError(f"the frames have a {type(data.config).__name__}; the overlay needs those of a game, DataConfig")
+        raise TypeError(f"the frames have a {type(data.config).__name__}; the overlay needs those of a game")
     return data.config.game
 
 
