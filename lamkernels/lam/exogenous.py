@@ -77,7 +77,7 @@ class ExogenousFrames:
     def ahead(self, steps: int) -> Tensor:
         """(P,) int64: every t whose frame t + steps belongs to the same episode; 1 gives :attr:`pairs`."""
         episode = self.starts.cumsum(0)
-        return (episode[steps:] == episode[: len(episode) - steps]).nonzero().squeeze(1)
+        return (episode[steps:] == episode[: max(len(episode) - steps, 0)]).nonzero().squeeze(1)
 
     def fingerprint(self) -> str:
         """SHA-256 of all tensors, in the order of the attributes."""

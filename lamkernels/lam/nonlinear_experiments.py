@@ -7,7 +7,6 @@ and a run that was stopped goes on behind the last one.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor
 from lamkernels.lam import commands, nonlinear_figures
 from lamkernels.lam.blocks import SampleMoments
 from lamkernels.lam.experiments import write
-from lamkernels.lam.files import write_text
+from lamkernels.lam.journal import kept_rows
 from lamkernels.lam.linear import LinearLAM
 from lamkernels.lam.linear_experiments import Controls, Data, Row, measure, weakest
 from lamkernels.lam.linear_metrics import pair_inconsistency, probe_r2
@@ -211,38 +210,7 @@ def rows_of(controls: NonlinearControls, journal: Path | None = None, *, progres
     Returns:
         A row for each of :func:`points`, in their order.
     """
-    from tqdm import tqdm
-
-    head = json.dumps(asdict(controls))
-    known: dict[str, Row] = {}
-    if journal is not None:
-        known = _read_journal(journal, head)
-        if not known:
-            write_text(journal, head + "\n")
-    runner, found = Runner(controls), []
-    with commands.one_thread():
-        for point in tqdm(list(points(controls)), unit="model", disable=not progress):
-            key = json.dumps(asdict(point))
-            if key not in known:
-                known[key] = runner.run(point)
-                if journal is not None:
-                    with journal.open("a") as lines:
-                        lines.write(json.dumps([key, known[key]]) + "\n")
-            found.append(known[key])
-    return found
-
-
-def _read_journal(journal: Path, head: str) -> dict[str, Row]:
-    """The rows of an earlier run, none where its controls were others; a line that was cut off is left out."""
-    if not journal.exists():
-        return {}
-    first, *lines = journal.read_text().split("\n")
-    if first != head:
-        return {}
-    whole = lines[:-1]  # what follows the last newline was not finished
-    if lines[-1:] != [""]:
-        write_text(journal, "\n".join([first, *whole, ""]))
-    return dict(json.loads(line) for line in whole)
+    return kept_rows(controls, list(points(controls)), Runner(controls).run, journal, progress=progress)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,231 @@
+"""Measures of a latent action on frames whose exogenous state is known.
+
+Leakage and recovery are those of :mod:`linear_metrics`, given o. A frame has too many entries to regress on, so "o"
+stands for what of it can matter: the picture at a quarter of the pixels, the agent's region whole, and the exogenous
+state itself. The same z is also read by a probe on random features, because a sprite that moves is not linear in pixels
+and a network may encode its motion in terms of where it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamkernels.lam.blocks import RTOL, SampleMoments
+from lamkernels.lam.exogenous import ExogenousFrames
+from lamkernels.lam.linear_metrics import pair_inconsistency, probe_r2
+from lamkernels.lam.metrics import linear_probe
+from lamkernels.validation import check_integer, check_positive
+
+FEATURES = 300  # random features of a probe
+PENALTY, SMALLEST = 1e-2, 1e-3  # ridge and truncation of a probe on them, which are many and nearly dependent
+LABELS = 64  # labelled transitions of the decoder that has few
+
+Rows = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latent actions of the transitions of one data set.
+
+    Attributes:
+        z: (P, k) float, of the rows ``data.pairs``.
+        view: (P, k), of the same moments in the other view; None without views.
+        indices: (P, ...) int64, codes; None without a codebook.
+    """
+
+    z: Tensor
+    view: Tensor | None = None
+    indices: Tensor | None = None
+
+
+def leakage_and_recovery(
+    data: ExogenousFrames, latents: Latents, direction: Tensor, region: Tensor, split: int
+) -> Rows:
+    """How much of ε and of the action z says given o, by probes on held-out transitions.
+
+    Args:
+        data: frames.
+        latents: of ``data.pairs``.
+        direction: (p,): the entry of the action that is asked for, such as one way against the other.
+        region: (S, S) bool, where the agent is.
+        split: probes are fitted on the pairs before it and tested on those behind.
+
+    Returns:
+        "leakage" and "recovery", :func:`lamkernels.lam.linear_metrics.probe_r2`; "leakage_features" and
+        "recovery_features", the same with random features of o in the place of o, and of z and o in that of z; and with
+        views "inconsistency", of z in front of two backgrounds.
+    """
+    pairs = data.pairs
+    pixels = data.frames[pairs].float() / 255
+    agent = pixels[:, :, region].flatten(1)
+    o = torch.cat([F.avg_pool2d(pixels, 2).flatten(1), agent, data.exogenous[pairs] / 255], 1)
+    a, eps = (data.actions[pairs] @ direction)[:, None], data.innovation[pairs]
+    z = latents.z - latents.z[:split].mean(0)
+    z = z / z[:split].std().clamp(min=1e-6)
+    place = agent - agent[:split].mean(0)
+    place = place / place[:split].std().clamp(min=1e-6)
+    both = torch.cat([0.3 * place, z], 1)
+    plain = {"o": o, "z": z}
+    rich = {
+        "o": torch.cat([o, random_features(place, FEATURES, 0.3)], 1),
+        "z": torch.cat([z, random_features(both, FEATURES, 1.0), random_features(z, FEATURES // 6, 1.0)], 1),
+    }
+    found: Rows = {}
+    for suffix, blocks, l2, rtol in (
+        ("", plain, 1e-4, RTOL),
+        ("_features", rich, PENALTY, SMALLEST),
+    ):
+        train, test = (
+            SampleMoments(**{name: block[part] for name, block in {**blocks, "a": a, "eps": eps}.items()})
+            for part in (slice(split), slice(split, None))
+        )
+        found |= {
+            f"leakage{suffix}": probe_r2(train, test, "eps", l2=l2, rtol=rtol),
+            f"recovery{suffix}": probe_r2(train, test, "a", l2=l2, rtol=rtol),
+        }
+    if latents.view is not None and data.views is not None:
+        found["inconsistency"] = _inconsistency(data, latents, region, split)
+    return found
+
+
+def _inconsistency(data: ExogenousFrames, latents: Latents, region: Tensor, split: int) -> float:
+    assert data.views is not None and data.view_exogenous is not None and latents.view is not None
+    blocks = {"z": latents.z[split:], "z_view": latents.view[split:]}
+    pairs = data.pairs[split:]
+    for name, frames, state in (
+        ("o", data.frames, data.exogenous),
+        ("o_view", data.views, data.view_exogenous),
+    ):
+        pixels = frames[pairs].float() / 255
+        agent = pixels[:, :, region].flatten(1)
+        blocks[name] = torch.cat([F.avg_pool2d(pixels, 2).flatten(1), agent, state[pairs] / 255], 1)
+    return pair_inconsistency(SampleMoments(**blocks))
+
+
+def random_features(x: Tensor, count: int, frequency: float, seed: int = 0) -> Tensor:
+    """cos(x W + b), W normal and b uniform (Rahimi and Recht 2007): a linear probe on them is a smooth one on x.
+
+    Args:
+        x: (N, d) float, of scale about 1.
+        count: of features.
+        frequency: standard deviation of the entries of W: the inverse of the length over which the probe may change.
+        seed: of W and b.
+
+    Returns:
+        (N, count) float.
+    """
+    check_integer("count", count)
+    check_positive("frequency", frequency)
+    generator = torch.Generator().manual_seed(seed)
+    W = frequency * torch.randn(x.shape[1], count, generator=generator, dtype=torch.float64)
+    b = 2 * math.pi * torch.rand(count, generator=generator, dtype=torch.float64)
+    return (x @ W.to(x) + b.to(x)).cos()
+
+
+def mutual_information(codes: Tensor, labels: Tensor) -> float:
+    """I(code; label) in bits, from counts, with the correction of Miller (1955) for their bias.
+
+    Args:
+        codes: (N,) or (N, tokens) int64; tokens are taken together, as one word.
+        labels: (N,) int64.
+
+    Returns:
+        At least 0.
+
+    Raises:
+        ValueError: the rows do not match, or there are none.
+    """
+    if not len(codes) or labels.shape != codes.shape[:1]:
+        raise ValueError(
+            f"codes is {tuple(codes.shape)} and labels {tuple(labels.shape)}; they must be (N, ...) and (N,) with one N"
+        )
+    _, word = torch.unique(codes.flatten(1) if codes.ndim > 1 else codes[:, None], dim=0, return_inverse=True)
+    _, label = torch.unique(labels, return_inverse=True)
+    joint = torch.zeros(int(word.max()) + 1, int(label.max()) + 1, dtype=torch.float64)
+    joint.index_put_((word, label), torch.ones(len(word), dtype=torch.float64), accumulate=True)
+    parts = [joint.sum(1), joint.sum(0), joint.flatten()]
+    first, second, both = (float(torch.special.entr(part / len(word)).sum()) for part in parts)
+    bins = [int((part > 0).sum()) - 1 for part in parts]
+    bias = (bins[0] + bins[1] - bins[2]) / (2 * len(word))
+    return max((first + second - both + bias) / math.log(2), 0.0)
+
+
+def psnr(prediction: Tensor, target: Tensor, region: Tensor | None = None) -> float:
+    """Mean over frames of 10 log₁₀(1 / MSE), dB, of frames (B, C, S, S) in [0, 1] pixel units, or of one region."""
+    error = (prediction - target).square()
+    error = error.flatten(1) if region is None else error[:, :, region].flatten(1)
+    return float(-10 * error.mean(1).clamp(min=1e-12).log10().mean())
+
+
+def controllability(
+    decode: Callable[[Tensor, Tensor], Tensor],
+    frame: Tensor,
+    next_frame: Tensor,
+    z: Tensor,
+    region: Tensor | None = None,
+    seed: int = 0,
+) -> float:
+    """ΔPSNR (Bruce et al. 2024, Genie): how much worse a prediction is under another transition's z than under its own.
+
+    Genie draws its codes uniformly; here they are those of other transitions, so that the measure is the same without
+    a codebook. With the frames of another scene in front of z it says what z is worth there: transfer.
+
+    Args:
+        decode: frame (B, C, S, S) and z (B, k) -> the next frame, all in [0, 1] pixel units.
+        frame: where z is applied.
+        next_frame: what followed there.
+        z: the latent actions that were inferred, of this scene or of another.
+        region: (S, S) bool: where the error counts; None means everywhere.
+        seed: of the permutation.
+
+    Returns:
+        PSNR under z less PSNR under the z of others, dB; about 0 where z does not matter.
+    """
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))
+    own, other = (psnr(decode(frame, latent), next_frame, region) for latent in (z, z[order]))
+    return own - other
+
+
+def few_label_accuracy(z: Tensor, labels: Tensor, split: int, count: int = LABELS) -> float:
+    """Balanced accuracy of a logistic decoder of the action from z alone, fitted on ``count`` labelled transitions.
+
+    Args:
+        z: (N, k) float.
+        labels: (N,) int64.
+        split: the decoder is fitted before it, on the first ``count`` rows, and tested behind.
+        count: of labels.
+    """
+    check_integer("count", count)
+    return linear_probe(z[:count], labels[:count], z[split:], labels[split:]).balanced_accuracy
+
+
+def agent_innovation(frames: Tensor, region: Tensor) -> float:
+    """What the agent does to the next frame that o does not say: E‖o'_R − E[o'_R | place]‖², in grey levels squared.
+
+    R is the agent's region, its place the centroid there of what differs from the median picture, in bins of a quarter
+    of a pixel. It is the variance that one latent dimension can explain if it says how far the agent moved: what the
+    largest eigenvalue of Σ_q is where pixels are linear in the state.
+
+    Args:
+        frames: (P, 2, S, S) float, grey levels, without an overlay: o and o'.
+        region: (S, S) bool.
+    """
+    size = frames.shape[-1]
+    difference = (frames[:, 0] - frames[:, 0].median(0).values).clamp(min=0) * region
+    mass = difference.sum((1, 2)).clamp(min=1e-6)
+    step = torch.arange(size, dtype=frames.dtype)
+    rows = (difference.sum(2) @ step / mass * 4).round().long()
+    columns = (difference.sum(1) @ step / mass * 4).round().long()
+    _, place = torch.unique(rows * 4 * size + columns, return_inverse=True)
+    target = frames[:, 1][:, region].double()
+    count = torch.bincount(place).double()
+    sums = torch.zeros(len(count), target.shape[1], dtype=torch.float64).index_add_(0, place, target)
+    left = (target - (sums / count[:, None])[place]).square().sum(1)
+    several = count[place] > 1  # a bin of one has nothing left, which says nothing
+    return float((left * (count / (count - 1).clamp(min=1))[place])[several].mean())

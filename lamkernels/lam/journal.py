@@ -1,0 +1,62 @@
+"""Rows of an experiment that are kept as they are made: a run that was stopped goes on behind the last one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lamkernels.lam import commands
+from lamkernels.lam.files import write_text
+
+Row = dict[str, Any]
+P = TypeVar("P")
+
+
+def kept_rows(
+    controls: Any, points: Sequence[P], run: Callable[[P], Row], journal: Path | None = None, *, progress: bool = False
+) -> list[Row]:
+    """A row for each point, in their order, made on one thread: the same controls give the same numbers.
+
+    Args:
+        controls: dataclass of everything that the rows depend on.
+        points: dataclasses, no two equal.
+        run: makes the row of a point, of what JSON can hold.
+        journal: where each row is kept as a line of JSON as soon as it is there; rows that an earlier run with the same
+            controls left there are not made again.
+        progress: show a progress bar.
+    """
+    from tqdm import tqdm
+
+    head = json.dumps(asdict(controls))
+    known: dict[str, Row] = {}
+    if journal is not None:
+        known = _read(journal, head)
+        if not known:
+            write_text(journal, head + "\n")
+    found = []
+    with commands.one_thread():
+        for point in tqdm(points, unit="model", disable=not progress):
+            key = json.dumps(asdict(point))
+            if key not in known:
+                known[key] = run(point)
+                if journal is not None:
+                    with journal.open("a") as lines:
+                        lines.write(json.dumps([key, known[key]]) + "\n")
+            found.append(known[key])
+    return found
+
+
+def _read(journal: Path, head: str) -> dict[str, Row]:
+    """The rows of an earlier run, none where its controls were others; a line that was cut off is left out."""
+    if not journal.exists():
+        return {}
+    first, *lines = journal.read_text().split("\n")
+    if first != head:
+        return {}
+    whole = lines[:-1]  # what follows the last newline was not finished
+    if lines[-1:] != [""]:
+        write_text(journal, "\n".join([first, *whole, ""]))
+    return dict(json.loads(line) for line in whole)
