@@ -35,6 +35,15 @@ def is_plain(*tensors: object, device: str = "cpu") -> bool:
     """
     if torch.compiler.is_compiling():  # first: what follows is not for the compiler to read
         return False
+    watched = (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+    if watched:
+        return False
     ordinary = ORDINARY if device == "cpu" else _ordinary_on_gpus()
     for tensor in tensors:
         kind = type(tensor)
@@ -43,10 +52,4 @@ def is_plain(*tensors: object, device: str = "cpu") -> bool:
         assert isinstance(tensor, Tensor)
         if torch._C._dispatch_keys(tensor).raw_repr() not in ordinary:
             return False
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.maybe_current_level() is None
-        and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
-    )
+    return True

@@ -24,7 +24,8 @@ class Graphed(Generic[R]):
 
     What a capture asks of a step (torch's rules): no answer from the GPU (``.item()``, ``if tensor``, ``.cpu()``), an
     optimiser with ``capturable=True`` whose learning rate is a tensor if it changes, no CPU random numbers, and Python
-    that decides the same at every step, because it runs no more. On the CPU the step is called as it is.
+    that decides the same at every step, because it runs no more. Without an argument on a GPU the step is called as it
+    is.
 
     Args:
         step: takes tensors, by position, and returns tensors, nested in tuples, lists and dictionaries, or None.
@@ -40,8 +41,8 @@ class Graphed(Generic[R]):
 
     Raises:
         TypeError: ``step`` cannot be called, or an argument is no tensor.
-        ValueError: an argument differs in shape, strides, dtype or device from that of the capture, or ``warmup`` is
-            below 1.
+        ValueError: an argument differs in shape, strides, dtype or device from that of the capture, not all are on one
+            GPU, or ``warmup`` is below 1.
         RuntimeError: the capture fails; torch's reason is its cause.
     """
 
@@ -63,6 +64,15 @@ class Graphed(Generic[R]):
         if not any(t.is_cuda for t in inputs):
             self.calls += 1
             return self.step(*inputs)
+        if any(t.device != inputs[0].device for t in inputs):
+            devices = ", ".join(str(t.device) for t in inputs)
+            raise ValueError(
+                f"the arguments are on {devices}; they must be on one GPU: a graph holds the values of others"
+            )
+        with torch.cuda.device(inputs[0].device):
+            return self._on_gpu(inputs)
+
+    def _on_gpu(self, inputs: Sequence[Tensor]) -> R:
         if self._graph is None:
             if self.calls < self.warmup:
                 self.calls += 1

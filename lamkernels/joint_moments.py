@@ -130,6 +130,7 @@ def off_diagonal_covariance_loss(x: Tensor, *, backend: Backend = "auto") -> Ten
     _check_rows("x", x)
     if x.shape[0] < 2:
         raise ValueError(f"x has {x.shape[0]} rows; a covariance needs at least 2")
+    check_option("backend", backend, BACKENDS)
     if is_plain(x) and resolve(backend, "cpu") == "numba":
         loss: Tensor = _OffDiagonalLoss.apply(x)  # type: ignore[no-untyped-call]
         return loss
@@ -175,9 +176,9 @@ class _OffDiagonalLoss(torch.autograd.Function):
         near = mean.to(computed)
         scale = 4 * grad.double() / (len(mean) * max(ctx.weight - 1, 1))
         matrix = (above + above.mT) * scale
-        rest = ((near.double() - mean) @ matrix).to(computed)  # what rounding the mean leaves
-        centred = x.to(computed) - near
-        gradient = torch.addmm(rest, centred, matrix.to(computed))
+        rest = (matrix @ (near.double() - mean)).to(computed)  # what rounding the mean leaves
+        with torch.autocast("cpu", enabled=False):
+            gradient = torch.addmm(rest, x.to(computed) - near, matrix.to(computed))
         if ctx.weight < len(x):
             gradient.masked_fill_(~x.isfinite().all(1, keepdim=True), 0.0)
         return gradient.type_as(x)

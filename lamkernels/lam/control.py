@@ -92,7 +92,8 @@ def collect(config: ControlConfig) -> ExogenousFrames:
     suite = _suite()
     if (config.domain, config.task) not in suite.ALL_TASKS:
         raise ValueError(f"{config.domain}-{config.task} is no task of dm_control's suite")
-    environment = suite.load(config.domain, config.task, task_kwargs={"random": config.seed})
+    options = {"random": config.seed, "time_limit": float("inf")}  # at its limit it would start over within an episode
+    environment = suite.load(config.domain, config.task, task_kwargs=options)
     physics, spec = environment.physics, environment.action_spec()
     if config.views and physics.model.ncam < 2:
         raise ValueError(f"{config.domain}-{config.task} has one camera; views need two")

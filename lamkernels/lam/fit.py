@@ -19,7 +19,7 @@ from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from lamkernels.covariance import Covariance
-from lamkernels.lam import fit_figures
+from lamkernels.lam import fit_figures, lerobot
 from lamkernels.lam.files import load_tensors, replacing, save_tensors, write_text
 from lamkernels.lam.fit_report import measure, summary
 from lamkernels.lam.linear import LinearLAM
@@ -328,8 +328,12 @@ def _stamp(config: FitConfig, blocks: dict[str, int], rank: int, world: int) -> 
 
 
 def file_stamps(sources: Iterable[str]) -> list[list[int]]:
-    """Size and time of the last change of each source that is a file."""
-    files = [Path(source).stat() for source in sources if Path(source).exists()]
+    """Size and time of the last change of each source that is a file, and of what a LeRobot data set says of videos."""
+    paths = [path for source in sources if (path := Path(source)).exists()]
+    for root in dict.fromkeys(lerobot.root_of(path) for path in paths):
+        if root is not None:
+            paths += sorted(path for part in ("meta", "data") for path in (root / part).rglob("*") if path.is_file())
+    files = [path.stat() for path in paths]
     return [[file.st_size, file.st_mtime_ns] for file in files]
 
 

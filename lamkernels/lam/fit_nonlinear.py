@@ -7,6 +7,7 @@ pairs from it at random and saves its state now and then, and what the latent ac
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -167,6 +168,10 @@ def fit_nonlinear(
     """
     need("jinja2", "matplotlib", "safetensors", "tqdm", what="the fit and its page", extra="fit")
     start, processes = time.perf_counter(), Processes()
+    if restart and processes.rank == 0:
+        (out / CHECKPOINT).unlink(
+            missing_ok=True
+        )  # at once: a fit that is stopped early must not go on with the old one
     cached = _frames(config, out, restart, checkpoint_seconds, processes)
     fitted, held_out, segment = split(cached)
     if len(fitted) < 2 * processes.size:
@@ -177,6 +182,8 @@ def fit_nonlinear(
     trainer = _trained(config, cached, fitted, out, device, restart, checkpoint_seconds, progress, processes)
     if processes.rank:
         return None
+    if not all(bool(weight.isfinite().all()) for weight in trainer.model.parameters()):
+        raise ValueError("training diverged: weights are not finite; try a lower --learning-rate, with --restart")
     model = trainer.model.eval()
     seen, unseen = encode(model, cached, fitted), encode(model, cached, held_out)
     results: dict[str, Any] = {
@@ -245,7 +252,8 @@ def _trained(
 
     share = len(pairs) // processes.size * processes.size
     training = TrainConfig(**asdict(config.training) | {"batch_size": min(config.training.batch_size, share)})
-    trainer = Trainer(config.model, cached.data, training, pairs=pairs, device=device)
+    pixels = hashlib.sha256("".join(part.sha256 for part in cached.parts).encode()).hexdigest()
+    trainer = Trainer(config.model, cached.data, training, pairs=pairs, device=device, data_name=pixels)
     checkpoint = out / CHECKPOINT
     if checkpoint.exists() and not restart:
         try:

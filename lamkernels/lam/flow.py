@@ -52,7 +52,7 @@ def _dis(frame: Tensor, next_frame: Tensor) -> Tensor:
         import cv2
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("method 'dis' needs OpenCV; pip install opencv-python-headless") from error
-    made = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    made = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     both = (images.round().clamp(0, 255).byte().cpu().contiguous().numpy() for images in (frame, next_frame))
     found = [torch.from_numpy(made.calc(first, second, None)) for first, second in zip(*both, strict=True)]
     return torch.stack(found).permute(0, 3, 1, 2).contiguous().to(frame.device)

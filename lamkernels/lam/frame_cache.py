@@ -64,6 +64,11 @@ class FramesConfig:
         """Of one frame."""
         return 3 * self.side**2
 
+    @property
+    def limit(self) -> int:
+        """The most frames that are kept."""
+        return int(self.cache_gib * 2**30 / self.frame_bytes)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -131,6 +136,8 @@ def cached_frames(
     index = _Index()
     if (folder / INDEX).exists():
         index = _load(folder, stamp, restart)
+        if restart and any(reason != _full(config, config.limit) for _, reason in index.skipped):
+            index = _Index()  # what could not be read then may be readable now
         if read and not _sound(folder / PIXELS, index, config.frame_bytes):
             log.warning("the cached frames in %s are damaged: reading the sources again", folder)
             index = _Index()
@@ -142,7 +149,7 @@ def cached_frames(
 def _read(config: FramesConfig, folder: Path, stamp: str, index: _Index, checkpoint_seconds: float) -> None:
     from tqdm import tqdm
 
-    limit, saved = int(config.cache_gib * 2**30 / config.frame_bytes), time.monotonic()
+    limit, saved = config.limit, time.monotonic()
     with (folder / PIXELS).open("r+b" if index.done else "wb") as file, tqdm(unit=" frames", disable=None) as bar:
         file.truncate(index.frames * config.frame_bytes)  # of a source that was not read to its end
         file.seek(0, 2)

@@ -37,7 +37,6 @@ from lamkernels.lam.journal import Row, kept_rows
 from lamkernels.lam.linear import LinearLAM
 from lamkernels.lam.overlay import DIRECTION, OverlayConfig, agent_region, background, overlay, waves
 
-PRESETS = ("cpu", "gpu")
 OF_THE_DECODER = ("prediction_error", "psnr", "delta_psnr", "delta_psnr_agent", "transfer_agent")
 SMALLEST = 1e-5  # variance of o that a linear regression of pixels uses, as a share of the largest
 
@@ -90,11 +89,6 @@ class FrameControls:
             self, transitions=300, ratio=self.ratio[::4], coupling=self.coupling[::3], training=training,
             seeds=self.seeds[:2],
         )  # fmt: skip
-
-    def gpu(self) -> FrameControls:
-        """Larger frames, models and runs, of a size for a GPU; not measured."""
-        training = replace(self.training, steps=20_000, batch_size=512, learning_rate=1e-3)
-        return replace(self, transitions=100_000, size=64, width=64, training=training, seeds=tuple(range(5)))
 
 
 RATIOS = (0.125, 0.25, 0.5, 0.7, 1.4, 2.5, 6.0, 16.0)
@@ -289,19 +283,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "nonlinear-lam",
         tuple(CONTROLS),
     )
-    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="sizes; default: %(default)s")
     options = parser.parse_args(argv)
-    return commands.status(parser, lambda: run(options.names, options.out, quick=options.quick, preset=options.preset))
+    return commands.status(parser, lambda: run(options.names, options.out, quick=options.quick))
 
 
-def run(names: Sequence[str], out: Path, *, quick: bool = False, preset: str = "cpu") -> None:
+def run(names: Sequence[str], out: Path, *, quick: bool = False) -> None:
     """Writes ``frames-NAME.csv`` and ``frames-NAME.png`` for each experiment.
 
     Args:
         names: of :data:`CONTROLS`.
         out: folder; while an experiment runs, its rows are in ``frames-NAME.jsonl`` there.
         quick: fewer points, seeds, frames and steps.
-        preset: "cpu", or "gpu" for larger sizes.
 
     Raises:
         ModuleNotFoundError: ale-py, matplotlib, safetensors or tqdm is not installed.
@@ -311,8 +303,7 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False, preset: str = "
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         start = time.perf_counter()
-        controls = CONTROLS[name].gpu() if preset == "gpu" else CONTROLS[name]
-        controls = controls.quick() if quick else controls
+        controls = CONTROLS[name].quick() if quick else CONTROLS[name]
         place = out / f"frames-{name}"
         journal = place.with_name(f"{place.name}.jsonl")
         rows = rows_of(controls, journal, progress=sys.stderr.isatty())

@@ -27,6 +27,9 @@ def kept_rows(
         journal: where each row is kept as a line of JSON as soon as it is there; rows that an earlier run with the same
             controls left there are not made again.
         progress: show a progress bar.
+
+    Raises:
+        ValueError: the journal has rows of other controls.
     """
     from tqdm import tqdm
 
@@ -50,10 +53,12 @@ def kept_rows(
 
 
 def _read(journal: Path, head: str) -> dict[str, Row]:
-    """The rows of an earlier run, none where its controls were others; a line that was cut off is left out."""
+    """The rows of an earlier run with these controls; a line that was cut off is left out."""
     if not journal.exists():
         return {}
     first, *lines = journal.read_text().split("\n")
+    if first != head and len(lines) > 1:
+        raise ValueError(f"{journal} has rows of a run with other controls: finish that, or name another folder")
     if first != head:
         return {}
     whole = lines[:-1]  # what follows the last newline was not finished

@@ -26,6 +26,7 @@ def is_dataset(folder: Path) -> bool:
 
 def root_of(video: Path) -> Path | None:
     """The data set that a video belongs to, if it is one of a data set."""
+    video = video.absolute()
     for depth, parent in enumerate(video.parents):
         if depth > DEPTH:
             break
@@ -61,7 +62,7 @@ def files(root: Path, *, rows: str | None = None, camera: str | None = None) -> 
 
 
 def paired(
-    parts: Iterator[dict[str, Tensor]], root: Path, video: Path, action_names: Sequence[str]
+    parts: Iterator[dict[str, Tensor]], root: Path, video: Path, action_names: Sequence[str], needed: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """The parts of a video, {"rows": (N, ...)}, with "episodes" (N,) int64 and, where there are some, "actions" (N, A).
 
@@ -70,11 +71,14 @@ def paired(
         root: of the data set.
         video: one of its videos.
         action_names: what the column of actions may be called.
+        needed: whether there must be one.
 
     Raises:
         ValueError: the Parquet files have more or fewer rows than the video has frames, or do not say which.
     """
     columns = _columns(root, video, action_names)
+    if needed and "actions" not in columns:
+        raise ValueError(f"the data set {root} has no column {' or '.join(action_names)}")
     count, done = len(columns["episodes"]), 0
     frames = _frame_count(video)
     if frames and frames != count:  # some containers do not say

@@ -44,11 +44,20 @@ def relative_motion_error(prediction: Tensor, target: Tensor, frame: Tensor, wei
         error = Σ w·(prediction − target)² and copying = Σ w·(target − frame)², w ∈ {1, 1 + weight}, and m the mean
         of copying over the batch.
     """
+    return share_of_copying(*motion_errors(prediction, target, frame, weight), target[0].numel())
+
+
+def motion_errors(prediction: Tensor, target: Tensor, frame: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """The sums ``error`` and ``copying`` of :func:`relative_motion_error`, whose arguments these are, (B,) each."""
     change = target - frame
     weights = 1 + weight * (change.abs().amax(1, keepdim=True) > MOTION_THRESHOLD).to(change)  # (B, 1, H, W)
-    copying = (change.square() * weights).sum((1, 2, 3))  # (B,)
-    error = ((prediction - target).square() * weights).sum((1, 2, 3))
-    soft = copying + copying.mean().clamp(min=STILL * target[0].numel())
+    copying = (change.square() * weights).sum((1, 2, 3))
+    return ((prediction - target).square() * weights).sum((1, 2, 3)), copying
+
+
+def share_of_copying(error: Tensor, copying: Tensor, entries: int) -> Tensor:
+    """() float: :func:`relative_motion_error` from its sums (B,), of frames of so many entries."""
+    soft = copying + copying.mean().clamp(min=STILL * entries)
     return (error / soft).sum() / (copying / soft).sum().clamp(min=STILL * len(copying))
 
 

@@ -160,7 +160,9 @@ class Source:
         if path.suffix in VIDEOS:
             parts = _video(path, self._side, self._batch_entries)
             root = lerobot.root_of(path)
-            return parts if root is None else lerobot.paired(parts, root, path, self._names["actions"])
+            if root is None:
+                return parts
+            return lerobot.paired(parts, root, path, self._names["actions"], "actions" in self._asked)
         if path.suffix == ".parquet":
             return parquet_parts(path, self._chosen, self._batch_entries)
         return self._array_file(path)
@@ -222,7 +224,9 @@ def expanded(
         FileNotFoundError: there is no such file or folder.
     """
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    return [source for path in given for source in _files(str(path), rows, camera)]
+    found = {source if source.startswith("atari:") else str(Path(source).resolve()): source
+             for path in given for source in _files(str(path), rows, camera)}  # fmt: skip
+    return list(found.values())  # each once: what is held out of one copy would be trained on in the other
 
 
 def _files(path: str, rows: str | None, camera: str | None) -> list[str]:
@@ -253,7 +257,7 @@ def _as_rows(values: Tensor) -> Tensor:
 
 def _as_frames(values: Tensor, *, side: int) -> Tensor:
     """Pictures (N, H, W), (N, H, W, C) or (N, C, H, W) -> (N, 3, side, side) uint8."""
-    planes = values[:, None] if values.ndim == 3 and values.dtype == torch.uint8 else values
+    planes = values[:, None] if values.ndim == 3 else values
     if planes.ndim != 4 or not values.numel() or not {planes.shape[1], planes.shape[3]} & set(CHANNELS):
         raise ValueError(
             f"its rows are {values.dtype} of shape {tuple(values.shape[1:])}; frames are (H, W, C) or (C, H, W) with "

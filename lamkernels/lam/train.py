@@ -75,6 +75,7 @@ class Trainer:
         config: of the training.
         pairs: (P,) int64, the first frames of the pairs to train on; None means all of ``data.pairs``.
         device: of the model.
+        data_name: what tells these data from others with the same configuration, such as a checksum.
 
     Raises:
         ValueError: there are fewer pairs than one batch takes, or the processes cannot share a batch evenly.
@@ -88,8 +89,9 @@ class Trainer:
         *,
         pairs: Tensor | None = None,
         device: torch.device | str = "cpu",
+        data_name: str = "",
     ) -> None:
-        self.model_config, self.data, self.config = model_config, data, config
+        self.model_config, self.data, self.config, self.data_name = model_config, data, config, data_name
         self.pairs = data.pairs if pairs is None else pairs
         if len(self.pairs) < config.batch_size:
             raise ValueError(f"data has {len(self.pairs)} pairs; a batch takes {config.batch_size}")
@@ -203,6 +205,7 @@ class Trainer:
             "model_config": json.dumps(asdict(self.model_config), sort_keys=True),
             "train_config": json.dumps(asdict(self.config), sort_keys=True),
             "data_config": json.dumps(asdict(self.data.config), sort_keys=True),
+            "data_name": self.data_name,
             "pairs": f"{len(self.pairs)} from {int(self.pairs[0])} to {int(self.pairs[-1])}",
             "device": self.device.type,
         }

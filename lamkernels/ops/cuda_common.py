@@ -103,6 +103,8 @@ class Tickets:
                 "the first call with backend='cuda' is inside a CUDA graph's capture; call it once before, to warm up"
             )
         self.slots = torch.zeros(SLOTS, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # once: the other streams do not wait for the zeros
         self.taken = 0
         self.of_stream: dict[tuple[int, int], int] = {}
         self.lock = threading.Lock()
@@ -124,7 +126,12 @@ class Tickets:
 def tickets(device: torch.device, heads: int) -> int:
     """The address of a launch's tickets, on the current stream of its device."""
     stream = torch.cuda.current_stream(device).cuda_stream
-    return _tickets(device).take(heads, stream, torch.cuda.is_current_stream_capturing())
+    with _creation:
+        counters = _tickets(device)
+    return counters.take(heads, stream, torch.cuda.is_current_stream_capturing())
+
+
+_creation = threading.Lock()  # a cache does not keep two threads from making what it holds
 
 
 @functools.cache

@@ -86,8 +86,8 @@ def test_a_stopped_experiment_goes_on_behind_the_last_row(tmp_path, monkeypatch)
     assert [*made, *later] == list(experiments.points(TINY))
     later.clear()
     assert experiments.rows_of(TINY, journal) == expected and not later
-    experiments.rows_of(replace(TINY, steps=2), journal)
-    assert len(later) == len(expected)  # other controls, other numbers
+    with pytest.raises(ValueError, match="rows of a run with other controls"):
+        experiments.rows_of(replace(TINY, steps=2), journal)
 
 
 def test_the_command_writes_figures_and_names_what_is_wrong(tmp_path, monkeypatch, capsys):

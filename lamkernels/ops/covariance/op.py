@@ -42,6 +42,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+        return _gradients(ctx, *grads)
+
+
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Plain matrix products, in fp32 (fp64 for fp64 rows and exact ones): they are differentiable again."""
     x, y, weights, total, mean_x, mean_y = ctx.saved_tensors
     exact = x.dtype == torch.float64 or ctx.precision == "exact"

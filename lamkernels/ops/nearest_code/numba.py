@@ -199,14 +199,14 @@ def scan(x, stride, codebook, codes, options, scratch, out):
             pack(row, step, dim, at(codes.mean, 0), codes.limit[0], to, rows, at(bad, lane), at(square, lane))
         if fits:
             found = at(best, i * rows), at(index, i * rows), at(second, i * rows)
-            ahead = x, (i + 1) * rows * stride, stride, -(-rows * TILE // codes.finite.shape[0])
+            ahead = x, (i + 1) * rows * stride, stride, rows, -(-rows * TILE // codes.finite.shape[0])
             _score(at(packed, t), codes.packed, codes.half_norm, dim, 0, codes.finite.shape[0], exact, found, ahead)
     if not fits:
         for start in range(0, codes.finite.shape[0], panel):
             stop = min(start + panel, codes.finite.shape[0])
             for i in range(tiles):
                 found = at(best, i * rows), at(index, i * rows), at(second, i * rows)
-                ahead = x, 0, 0, 0
+                ahead = x, 0, 0, 0, 0
                 _score(at(packed, i * rows * dim), codes.packed, codes.half_norm, dim, start, stop, exact, found, ahead)
     if not euclidean:  # products that may underflow, in a score that nothing else is added to
         tiny = 1e-300 if best.itemsize == 8 else 1e-74
@@ -241,13 +241,13 @@ def _repeated(x, stride, dim, count, rows):
 def _score(tile, packed_codes, half_norm, dim, start, stop, exact, found, ahead):
     """A packed tile of rows against the codes [start, stop), while the rows of the next tile are fetched.
 
-    ahead: where these are, their stride, and how many to fetch beside each tile of codes.
+    ahead: where these are, their stride, how many they are, and how many to fetch beside each tile of codes.
     """
     best, index, second = found
-    x, first, stride, count = ahead
+    x, first, stride, rows, count = ahead
     line = 64 // x.itemsize
     for k in range(start, stop, TILE):
-        for n in range(k // TILE * count, (k // TILE + 1) * count):
+        for n in range(k // TILE * count, min((k // TILE + 1) * count, rows)):
             for d in range(0, dim, line):
                 prefetch(at(x, first + n * stride + d))
         if exact:

@@ -237,6 +237,8 @@ class _EmaStep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from lamkernels.one_call import rows_in_groups
 
+        if torch.is_grad_enabled():
+            raise NotImplementedError("this step has no second derivative: do not differentiate with create_graph=True")
         x, quantized, num_rows = ctx.saved_tensors
         grad_quantized, _, grad_loss = grads
         dim = x.shape[-1]
