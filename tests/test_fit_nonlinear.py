@@ -17,7 +17,8 @@ from browser import check_page
 from lamkernels.cli import main
 from lamkernels.lam import LAMConfig, LatentActionModel, frame_cache
 from lamkernels.lam.files import load_tensors
-from lamkernels.lam.fit_nonlinear import CHECKPOINT, NonlinearFitConfig, split
+from lamkernels.lam.fit_nonlinear import CHECKPOINT, NonlinearFitConfig, fit_nonlinear, split
+from lamkernels.lam.fit_nonlinear_report import encode, measure
 from lamkernels.lam.frame_cache import FramesConfig, cached_frames
 from lamkernels.lam.train import TrainConfig, Trainer
 
@@ -188,6 +189,39 @@ def test_a_killed_fit_resumes_to_the_same_bits(tmp_path, capsys):
     assert killed.keys() == wanted.keys() and all(torch.equal(killed[name], wanted[name]) for name in wanted)
     assert main([*arguments, str(out), "--seed", "1"]) == 1  # a checkpoint of another training
     assert "--restart forgets it" in capsys.readouterr().err
+
+
+def test_frames_that_stand_still_do_not_blow_up_the_error(tmp_path):
+    """One ratio over all pairs: in a batch of still ones the error of a copy is 0, and any error infinitely more."""
+    frames = np.full((600, SIDE, SIDE, 3), 40, np.uint8)
+    for t in range(300):
+        frames[t, 6:10, t % 12 : t % 12 + 4] = 220
+    np.savez(tmp_path / "a.npz", frames=frames)
+    cached = cached_frames(FramesConfig((str(tmp_path / "a.npz"),), side=SIDE), tmp_path / "out")
+    model = LatentActionModel(LAMConfig(size=SIDE, tokens=2, codebook_size=4)).eval()
+    torch.nn.init.normal_(model.forward_model.last[0].weight, std=1e-3)
+    sides = [encode(model, cached, pairs) for pairs in (cached.data.pairs[:10], cached.data.pairs)]
+    prediction = measure(model, cached, *sides)["prediction"]
+    assert prediction["copy"]["error"] == pytest.approx(1) and prediction["under_inferred"]["error"] < 3
+
+
+def test_a_restart_forgets_at_once_and_other_data_are_refused(tmp_path, monkeypatch):
+    path, out = write_square(tmp_path / "a.npz", 0), tmp_path / "out"
+    training = TrainConfig(steps=3, batch_size=16)
+    config = NonlinearFitConfig(FramesConfig((str(path),), side=SIDE), LAMConfig(size=SIDE, tokens=2), training)
+    fit_nonlinear(config, out)
+    write_square(path, 5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train_step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        fit_nonlinear(config, out, restart=True)
+    assert not (out / CHECKPOINT).exists()
+    (out / CHECKPOINT).write_bytes(b"")
+    fit_nonlinear(config, out, restart=True)
+    for name in ("frames.u8", "frames.safetensors"):
+        (out / name).unlink()
+    write_square(path, 6)  # read anew, and not what the checkpoint was trained on
+    with pytest.raises(ValueError, match="data_name .*; --restart forgets it"):
+        fit_nonlinear(config, out)
 
 
 @pytest.mark.parametrize(

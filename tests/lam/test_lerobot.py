@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lamkernels.lam import lerobot
-from lamkernels.lam.fit import FitConfig, fit
+from lamkernels.lam.fit import FitConfig, file_stamps, fit
 from lamkernels.lam.sources import Source, expanded
 
 av = pytest.importorskip("av")
@@ -134,6 +134,16 @@ def test_the_fit_takes_videos_or_a_column(tmp_path):
     assert paths == (str(root / "data" / "chunk-000" / "file-000.parquet"),)
     config = FitConfig(paths, 1, rows="observation.state")
     assert fit(config, tmp_path / "columns")["pairs"]["fitted"] == sum(LENGTHS) - 3
+
+
+def test_changed_actions_are_noticed_and_names_are_not_passed_over(tmp_path):
+    root = version_2(tmp_path / "set")
+    before = file_stamps(expanded(root))
+    write_table(root / "data" / "chunk-000" / "episode_000001.parquet", rows(1) | {"more": [0] * LENGTHS[1]})
+    assert file_stamps(expanded(root)) != before
+    source = Source(root, side=16, actions="actoin")
+    assert list(source.frames()) == [] and "has no column actoin" in source.skipped[0].reason
+    assert expanded([root, expanded(root)[0]]) == expanded(root)
 
 
 def test_messages(tmp_path):
