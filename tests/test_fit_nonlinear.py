@@ -220,7 +220,7 @@ def test_a_restart_forgets_at_once_and_other_data_are_refused(tmp_path, monkeypa
     for name in ("frames.u8", "frames.safetensors"):
         (out / name).unlink()
     write_square(path, 6)  # read anew, and not what the checkpoint was trained on
-    with pytest.raises(ValueError, match="data_name .*; --restart forgets it"):
+    with pytest.raises(ValueError, match=r"data_name .*; --restart forgets it"):
         fit_nonlinear(config, out)
 
 
