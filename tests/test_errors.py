@@ -24,7 +24,7 @@ CASES = [
     (lambda: lk.nearest_code(X, C, precision="high"), ValueError, r"precision is 'high'.*'default', 'exact', 'fast'"),
     (lambda: lk.nearest_code(X, C, backend="cpp"), ValueError, r"backend is 'cpp'.*'auto', 'reference', 'numba'"),
     (lambda: lk.nearest_code(X, C.to("meta")), ValueError, r"x is on cpu and codebook on meta"),
-    (lambda: lk.nearest_code(X, C, backend="cuda"), RuntimeError, r"backend 'cuda' cannot run here: .*Triton"),
+    (lambda: lk.nearest_code(X, C, backend="cuda"), RuntimeError, "backend 'cuda' cannot run here: "),
     (lambda: lk.vector_quantize(X, C, gradient="gumbel"), ValueError, r"gradient is 'gumbel'.*'ste'"),
     (lambda: lk.vector_quantize(X, C, gradient="noise", noise=X[:4]), ValueError, r"noise is \(4, 4\).*\(10, 4\)"),
     (

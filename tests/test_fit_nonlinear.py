@@ -172,7 +172,10 @@ def test_a_killed_fit_resumes_to_the_same_bits(tmp_path, capsys):
     slow = "import time, lamkernels.lam.train as t; step = t.Trainer.train_step; "
     slow += "t.Trainer.train_step = lambda self: (time.sleep(0.05), step(self))[1]; "
     script = f"{slow}from lamkernels.cli import main; main({[*arguments, str(out)]!r})"
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as here: the bits of convolutions depend on the threads
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (out / CHECKPOINT).exists() or int(load_tensors(out / CHECKPOINT)[1]["step"]) < 4:
         assert process.poll() is None and time.monotonic() < deadline

@@ -54,8 +54,8 @@ except RuntimeError as error: print(error)
 
 
 def test_import_time_beyond_torch():
-    code = "import time, torch; t = time.perf_counter(); import lamkernels; print(time.perf_counter() - t)"
-    assert min(float(python(code)) for _ in range(3)) < 0.1
+    code = "import time, torch; t = time.process_time(); import lamkernels; print(time.process_time() - t)"
+    assert min(float(python(code)) for _ in range(5)) < 0.1
 
 
 @pytest.mark.slow
