@@ -199,7 +199,7 @@ def scan(x, stride, codebook, codes, options, scratch, out):
             pack(row, step, dim, at(codes.mean, 0), codes.limit[0], to, rows, at(bad, lane), at(square, lane))
         if fits:
             found = at(best, i * rows), at(index, i * rows), at(second, i * rows)
-            ahead = x, (i + 1) * rows * stride, stride, rows, -(-rows * TILE // codes.finite.shape[0])
+            ahead = x, (i + 1) * rows * stride, stride, rows, max(8, -(-rows * TILE // codes.finite.shape[0]))
             _score(at(packed, t), codes.packed, codes.half_norm, dim, 0, codes.finite.shape[0], exact, found, ahead)
     if not fits:
         for start in range(0, codes.finite.shape[0], panel):
