@@ -41,10 +41,10 @@ def parser(module: str, description: str, out: str, names: Sequence[str] = ()) -
 
 
 def status(made: argparse.ArgumentParser, work: Callable[[], None]) -> int:
-    """Works, and returns the exit status: what is missing or cannot be written is one line on stderr."""
+    """Works, and returns the exit status: what is missing, wrong or cannot be written is one line on stderr."""
     try:
         work()
-    except (ModuleNotFoundError, OSError) as error:
+    except (ModuleNotFoundError, OSError, ValueError) as error:
         print(f"{made.prog}: {error}", file=sys.stderr)
         return 1
     return 0

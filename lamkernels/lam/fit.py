@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lamkernels.covariance import Covariance
 from lamkernels.lam import fit_figures, lerobot
+from lamkernels.lam.commands import status
 from lamkernels.lam.files import load_tensors, replacing, save_tensors, write_text
 from lamkernels.lam.fit_report import measure, summary
 from lamkernels.lam.linear import LinearLAM
@@ -100,16 +101,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = FitConfig(sources=tuple(sources), **options)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    try:
+
+    def work() -> None:
         with process_group():
             results = fit(config, out, restart=restart, checkpoint_seconds=seconds)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    if results is not None:
-        print(summary(results))
-        print(f"wrote {', '.join(str(out / name) for name in results['files'])}")
-    return 0
+        if results is not None:
+            say(summary(results), results, out)
+
+    return status(parser, work)
+
+
+def say(text: str, results: dict[str, Any], out: Path) -> None:
+    """Prints the summary of a fit, and where it is written."""
+    print(text)
+    print(f"wrote {', '.join(str(out / name) for name in results['files'])}")
 
 
 def _parser() -> argparse.ArgumentParser:

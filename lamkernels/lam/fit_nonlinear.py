@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -20,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from lamkernels.lam.commands import device_named, need
+from lamkernels.lam.commands import device_named, need, status
 from lamkernels.lam.files import save_tensors, write_text
-from lamkernels.lam.fit import HELD_OUT, SEGMENT
+from lamkernels.lam.fit import HELD_OUT, SEGMENT, say
 from lamkernels.lam.fit_nonlinear_report import encode, measure, summary, write_page
 from lamkernels.lam.frame_cache import CachedFrames, FramesConfig, cached_frames, segments
 from lamkernels.lam.model import BOTTLENECKS, LAMConfig
@@ -70,18 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except (FileNotFoundError, ValueError, TypeError) as error:
         parser.error(str(error))
-    try:
+
+    def work() -> None:
         with process_group("nccl" if device.type == "cuda" else "gloo"):
             results = fit_nonlinear(
                 config, out, device=device, restart=restart, checkpoint_seconds=seconds, progress=True
             )
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    if results is not None:
-        print(summary(results))
-        print(f"wrote {', '.join(str(out / name) for name in results['files'])}")
-    return 0
+        if results is not None:
+            say(summary(results), results, out)
+
+    return status(parser, work)
 
 
 def _own_device(name: str) -> torch.device:

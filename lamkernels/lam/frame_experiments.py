@@ -8,7 +8,6 @@ on behind the last one.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from torch import Tensor
 from lamkernels.lam import commands, frame_figures
 from lamkernels.lam.data import DataConfig, FrameData, load_frames
 from lamkernels.lam.exogenous import ExogenousFrames
-from lamkernels.lam.experiments import write
 from lamkernels.lam.frame_lam import FrameLAM, FrameLAMConfig
 from lamkernels.lam.frame_metrics import (
     Latents,
@@ -33,7 +31,7 @@ from lamkernels.lam.frame_metrics import (
 )
 from lamkernels.lam.frame_remedies import REMEDIES, WITHOUT_DECODER, train_with_remedy
 from lamkernels.lam.frame_training import TrainingConfig
-from lamkernels.lam.journal import Row, kept_rows
+from lamkernels.lam.journal import Row, kept_rows, write_experiments
 from lamkernels.lam.linear import LinearLAM
 from lamkernels.lam.overlay import DIRECTION, OverlayConfig, agent_region, background, overlay, waves
 
@@ -298,17 +296,10 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False) -> None:
     Raises:
         ModuleNotFoundError: ale-py, matplotlib, safetensors or tqdm is not installed.
         OSError: a file cannot be written.
+        ValueError: a run with other controls was stopped in ``out``.
     """
     commands.need("ale_py", "matplotlib", "safetensors", "tqdm")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        start = time.perf_counter()
-        controls = CONTROLS[name].quick() if quick else CONTROLS[name]
-        place = out / f"frames-{name}"
-        journal = place.with_name(f"{place.name}.jsonl")
-        rows = rows_of(controls, journal, progress=sys.stderr.isatty())
-        write(place, rows, DRAW[name](rows), start)
-        journal.unlink()
+    write_experiments(names, out, CONTROLS, rows_of, DRAW, quick=quick, prefix="frames-")
 
 
 if __name__ == "__main__":

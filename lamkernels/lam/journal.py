@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lamkernels.lam import commands
+from lamkernels.lam.experiments import write
 from lamkernels.lam.files import write_text
 
 Row = dict[str, Any]
@@ -50,6 +53,36 @@ def kept_rows(
                         lines.write(json.dumps([key, known[key]]) + "\n")
             found.append(known[key])
     return found
+
+
+def write_experiments(
+    names: Sequence[str], out: Path, controls: Mapping[str, Any], rows_of: Callable[..., list[Row]],
+    draw: Mapping[str, Callable[[list[Row]], bytes]], *, quick: bool, prefix: str = "",
+) -> None:  # fmt: skip
+    """Writes ``PREFIXNAME.csv`` and ``.png`` for each experiment; while it runs, its rows are in ``.jsonl`` there.
+
+    Args:
+        names: of ``controls``.
+        out: folder.
+        controls: of each experiment, with a method ``quick()``.
+        rows_of: makes the rows, by :func:`kept_rows`, of its arguments controls, journal and ``progress``.
+        draw: makes the figure of each experiment.
+        quick: fewer and smaller.
+        prefix: of the names of the files.
+
+    Raises:
+        OSError: a file cannot be written.
+        ValueError: a journal has rows of other controls.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        start = time.perf_counter()
+        place = out / f"{prefix}{name}"
+        journal = place.with_name(f"{place.name}.jsonl")
+        chosen = controls[name].quick() if quick else controls[name]
+        rows = rows_of(chosen, journal, progress=sys.stderr.isatty())
+        write(place, rows, draw[name](rows), start)
+        journal.unlink()
 
 
 def _read(journal: Path, head: str) -> dict[str, Row]:

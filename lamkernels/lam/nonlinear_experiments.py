@@ -8,7 +8,6 @@ and a run that was stopped goes on behind the last one.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,8 +18,7 @@ from torch import Tensor
 
 from lamkernels.lam import commands, nonlinear_figures
 from lamkernels.lam.blocks import SampleMoments
-from lamkernels.lam.experiments import write
-from lamkernels.lam.journal import kept_rows
+from lamkernels.lam.journal import kept_rows, write_experiments
 from lamkernels.lam.linear import LinearLAM
 from lamkernels.lam.linear_experiments import Controls, Data, Row, measure, weakest
 from lamkernels.lam.linear_metrics import pair_inconsistency, probe_r2
@@ -236,15 +234,10 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False) -> None:
     Raises:
         ModuleNotFoundError: matplotlib or tqdm is not installed.
         OSError: a file cannot be written.
+        ValueError: a run with other controls was stopped in ``out``.
     """
     commands.need("matplotlib", "tqdm")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        start = time.perf_counter()
-        controls, journal = CONTROLS[name].quick() if quick else CONTROLS[name], out / f"{name}.jsonl"
-        rows = rows_of(controls, journal, progress=sys.stderr.isatty())
-        write(out / name, rows, DRAW[name](rows), start)
-        journal.unlink()
+    write_experiments(names, out, CONTROLS, rows_of, DRAW, quick=quick)
 
 
 if __name__ == "__main__":

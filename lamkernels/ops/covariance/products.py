@@ -20,10 +20,10 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from lamkernels.ops.covariance.tiles import TILE, VECTORS, add_products, pack_panel, panel_width, prefetch
+from lamkernels.ops.covariance.tiles import TILE, VECTORS, add_products, pack_panel, panel_width
 from lamkernels.ops.nearest_code.numba import FLAGS, elements
 from lamkernels.ops.parallel import compiled, empty, launch
-from lamkernels.ops.simd import BITS, at, computed_type, fetch_add, stored_type, view, words
+from lamkernels.ops.simd import BITS, at, computed_type, fetch_add, prefetch, stored_type, view, words
 
 DEPTH = 64  # rows of a chunk, whose products are added up in fp32
 SHARED = 32  # the largest lag at which the later rows are packed with the earlier ones
@@ -111,7 +111,8 @@ def _multiply_block(a, chunk, ahead, part, i_block, j_block, triangle, left, rig
         for i in range(start, stop, TILE):
             if ahead >= 0 and j < dim:  # the rows of the next chunk, a few at a time while it multiplies
                 place = ahead + (i - start) // TILE * each
-                prefetch(view(a[LEFT + ADDRESS], place * a[LEFT + STRIDE] + j, stored), a[LEFT + STRIDE], each)
+                for n in range(place, place + each):
+                    prefetch(view(a[LEFT + ADDRESS], n * a[LEFT + STRIDE] + j, stored))
             add_products(
                 at(left, i // width * width * deep + i % width + skipped * width),
                 at(right, j * deep + later * width), depth,

@@ -170,25 +170,6 @@ def pack_panel(
 
 
 @intrinsic
-def prefetch(typingctx: Any, x: Any, stride: Any, count: Any) -> Any:
-    """Asks for the cache lines at ``x`` and at the ``count`` − 1 rows after it; they need not exist."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        x, stride, count = args
-        hint = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32]),
-            "llvm.prefetch.p0",
-        )
-        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), count, ir.Constant(I64, 1)) as (n, _):
-            line = builder.bitcast(builder.gep(x, [builder.mul(n, stride)]), ir.IntType(8).as_pointer())
-            builder.call(hint, [line, *(ir.Constant(I32, number) for number in (0, 3, 1))])  # a read, of data
-        return context.get_dummy_value()
-
-    return types.void(x, types.int64, types.int64), codegen
-
-
-@intrinsic
 def add_products(typingctx: Any, left: Any, right: Any, depth: Any, out: Any, stride: Any) -> Any:
     """out[i, j] += Σ_n left[n, i] · right[n, j] for TILE columns i and all columns j of a panel, over ``depth`` rows.
 
