@@ -125,10 +125,12 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
     "quantise 1024 x 64": lambda: quantise(1024, 64, SINGLE),
     "quantise 1024 x 300, bf16": lambda: quantise(1024, 300, HALF),
     "quantise, fp64": lambda: quantise(64, 64, DOUBLE),
+    "finite scalar 8 5 5 5, bf16": lambda: scalars([8, 5, 5, 5], HALF),
     "finite scalar 62 columns": lambda: scalars([2] * 62, SINGLE),
     "finite scalar 1000 levels, bf16": lambda: scalars([1000], HALF),
     "finite scalar, fp64": lambda: scalars([8, 8, 6, 5], DOUBLE),
-    "lookup-free 1": lambda: lookup_free(1, SINGLE),
+    **{f"lookup-free {d}": functools.partial(lookup_free, d, SINGLE) for d in (1, 10, 16)},
+    "lookup-free 16, bf16": lambda: lookup_free(16, HALF),
     "lookup-free 62": lambda: lookup_free(62, SINGLE),
     "lookup-free 10, bf16": lambda: lookup_free(10, HALF),
     "lookup-free 62, fp64": lambda: lookup_free(62, DOUBLE),
@@ -155,6 +157,7 @@ def test_no_spills_and_the_shared_memory_fits(case: str, target: str) -> None:
 
 
 WIDE_LOAD, WIDE_STORE = r"LDG\.E\.128", r"STG\.E\.128"
+SINGLE_LOAD, SINGLE_STORE = r"LDG\.E(?:\.CONSTANT)? ", r"STG\.E "  # of four bytes
 ASYNC_LOAD = r"LDGSTS\.E\.BYPASS\.128"  # cp.async of 16 bytes, past L1
 TENSOR = r"\bH(?:G)?MMA\."
 MACHINE_CODE = {  # on sm_90, by case and kernel: what has to be in it, and what must not
@@ -169,6 +172,11 @@ MACHINE_CODE = {  # on sm_90, by case and kernel: what has to be in it, and what
     ("lookup 8192 x 256, bf16", "nearest_code_streamed_kernel"): (
         [r"HGMMA\.64x128x16\.F32\.BF16", ASYNC_LOAD], [r"\bHMMA\.", r"TF32"]),
     ("moments 64", "scatter_kernel"): ([r"HGMMA\.64x64x8\.F32\.TF32", ASYNC_LOAD, WIDE_STORE], [r"\bHMMA\."]),
+    **{("finite scalar 8 5 5 5" + t, f"finite_scalar_quantize_{p}_kernel"): (
+        [WIDE_LOAD, WIDE_STORE], [SINGLE_LOAD, SINGLE_STORE]) for t in ("", ", bf16") for p in ("fwd", "bwd")},
+    **{("lookup-free 16" + t, f"lookup_free_{p}_kernel"): ([WIDE_LOAD, WIDE_STORE], [SINGLE_STORE])
+       for t in ("", ", bf16") for p in ("fwd", "bwd")},
+    ("lookup-free 18", "lookup_free_fwd_kernel"): ([r"LDG\.E\.64", r"STG\.E\.64"], [SINGLE_LOAD, SINGLE_STORE]),
     ("lookup exact", "nearest_code_exact_kernel"): ([r"\bDFMA\b"], [TENSOR]),  # fp64, term by term
 }  # fmt: skip
 

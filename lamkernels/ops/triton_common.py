@@ -36,6 +36,12 @@ def is_finite(value: tensor) -> tensor:
 
 
 @triton.jit
+def finite_rows(entry: tensor, BD: tl.constexpr) -> tensor:
+    """Whether all entries [BN, BD] of each row are finite, by a sum: LLVM keeps the minimum of flags in a stack frame."""
+    return tl.sum(is_finite(entry).to(tl.int32), axis=1) == BD
+
+
+@triton.jit
 def grid_centre(mean: tensor, variance: tensor) -> tensor:
     """The column mean rounded to a multiple of 2^⌈log2 rms⌉, the mean itself where rms is 0, and 0 on overflow.
 
@@ -56,6 +62,43 @@ def product_limit(largest_code: tensor, largest_norm: tensor, dim: tensor) -> te
     limit = LARGEST_PRODUCT / (tl.maximum(largest_code, SMALLEST_CODE) * dim)
     safe = (largest_norm < LARGEST_PRODUCT) & ((largest_code >= SMALLEST_CODE) | (largest_code == 0.0))
     return tl.where(safe, tl.minimum(limit, LARGEST_PRODUCT), -1.0)
+
+
+@triton.jit
+def load_rows(
+    first: tensor, left: tensor, step: tensor, step_d: tensor,
+    DENSE: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+) -> tensor:  # fmt: skip
+    """Entries [BN, BD] of the next ``left`` of BN rows, 0 elsewhere; ``first`` points to the first of them.
+
+    Rows without gaps (DENSE) that fill the tile are loaded as one run, 16 bytes at a time also where a row has fewer;
+    else their distance is a constant, so that the compiler knows how they are aligned.
+    """
+    if DENSE and DIM == BD:
+        flat = tl.arange(0, BN * BD)
+        entry = tl.reshape(tl.load(first + flat, mask=flat < left * DIM, other=0.0), [BN, BD])
+    else:
+        n, d = tl.arange(0, BN), tl.arange(0, BD)
+        inside = (n < left)[:, None] & (d < DIM)[None, :]  # [BN, BD]
+        if DENSE:
+            entry = tl.load(first + (n * DIM)[:, None] + d[None, :], mask=inside, other=0.0)
+        else:
+            at = n.to(tl.int64)[:, None] * step + d.to(tl.int64)[None, :] * step_d
+            entry = tl.load(first + at, mask=inside, other=0.0)
+    return entry
+
+
+@triton.jit
+def store_rows(
+    first: tensor, left: tensor, value: tensor, DIM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+) -> None:  # fmt: skip
+    """Stores the next ``left`` of BN rows [BN, BD] without gaps, from ``first`` on."""
+    if DIM == BD:
+        flat = tl.arange(0, BN * BD)
+        tl.store(first + flat, tl.reshape(value, [BN * BD]), mask=flat < left * DIM)
+    else:
+        n, d = tl.arange(0, BN), tl.arange(0, BD)
+        tl.store(first + (n * DIM)[:, None] + d[None, :], value, mask=(n < left)[:, None] & (d < DIM)[None, :])
 
 
 @triton.jit
@@ -288,6 +331,17 @@ def fp32_product(target: str) -> str:
 def unit_inner(tensor: Tensor) -> Tensor:
     """The tensor itself where neighbours of the last axis are neighbours in memory, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def dense_rows(x: Tensor) -> bool:
+    """Whether the rows of x (H, N, D) lie side by side in memory, within a head."""
+    _, rows, dim = x.shape
+    return (dim == 1 or x.stride(2) == 1) and (rows == 1 or x.stride(1) == dim)
+
+
+def head_stride(x: Tensor) -> int:
+    """The distance of heads; 0, which the compiler knows to be aligned, where there is one."""
+    return x.stride(0) if x.shape[0] > 1 else 0
 
 
 def rows_in_place(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
