@@ -24,6 +24,7 @@ from lamkernels.ops.constants import COSINE_EPS
 HALVES = (torch.float16, torch.bfloat16)
 SMALLEST_CODE = tl.constexpr(2.0**-40)  # below it the fp32 product of two entries may underflow
 LARGEST_PRODUCT = tl.constexpr(2.0**120)  # above it an fp32 sum of products may overflow
+LARGEST_SQUARED = tl.constexpr(2.0**58)  # a sum of squares of 2¹² such entries and a code's norm stays finite
 LARGEST_SINGLE = tl.constexpr(3.4e38)  # still finite when rounded to tf32
 COSINE_CLAMP = tl.constexpr(COSINE_EPS)
 SMALLEST_UNIT = tl.constexpr(1e-37)  # what the largest entry of a row is clamped to: its inverse is a normal number
@@ -154,18 +155,21 @@ def nearest_resident(
     limit: tensor,
     L2: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> tensor:  # fmt: skip
-    """Index [BN] of the nearest code of each row, −1 without a finite code, and whether a row must be scanned again.
+    """Index [BN] of the nearest code of each row, −1 without a finite code; whether to look for :func:`rows_to_scan`.
 
-    The codes are loaded again for each tile of rows: they come from the cache, and would not fit the registers.
+    Where there is nothing to look for, the squares of x − μ do not overflow either. The codes are loaded again for each
+    tile of rows: they come from the cache, and would not fit the registers.
     """
     k = tl.arange(0, BK)
     d = tl.arange(0, BD)
     inside = (half_norm < float("inf"))[:, None] & (d < dim)[None, :]  # [BK, BD]
     code = tl.load(codebook + k.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
-    wide = x.to(tl.float32)  # [BN, BD]
-    if CENTRE:
-        wide = wide - centre[None, :]
-    again = must_scan(tl.max(tl.where(tl.abs(wide) <= limit, tl.abs(wide), float("inf")), axis=1), limit, dim, L2)
+    wide = less_centre(x, centre, CENTRE)  # [BN, BD]
+    if L2:  # of a tile, not of each row
+        size = tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # as bits a NaN is larger than an infinity
+        doubtful = (size.to(tl.float32, bitcast=True) <= tl.minimum(limit, LARGEST_SQUARED)) == 0
+    else:
+        doubtful = tl.max(rows_to_scan(x, centre, limit, dim, L2, CENTRE).to(tl.int32), axis=0) > 0
     if NATIVE:
         product = tl.dot(x, tl.trans(code), input_precision="ieee", out_dtype=tl.float32)
     else:
@@ -176,7 +180,24 @@ def nearest_resident(
     score = half_norm[None, :] - product  # [BN, BK]
     best = tl.min(score, axis=1)
     index = tl.min(tl.where(score == best[:, None], k[None, :], BK), axis=1)
-    return tl.where(best < float("inf"), index, -1), again
+    return tl.where(best < float("inf"), index, -1), doubtful
+
+
+@triton.jit
+def less_centre(x: tensor, centre: tensor, CENTRE: tl.constexpr) -> tensor:
+    wide = x.to(tl.float32)
+    if CENTRE:
+        wide = wide - centre[None, :]
+    return wide
+
+
+@triton.jit
+def rows_to_scan(
+    x: tensor, centre: tensor, limit: tensor, dim: tensor, L2: tl.constexpr, CENTRE: tl.constexpr
+) -> tensor:  # fmt: skip
+    """Whether fp32 must not decide each row [BN]."""
+    size = tl.abs(less_centre(x, centre, CENTRE))
+    return must_scan(tl.max(tl.where(size <= limit, size, float("inf")), axis=1), limit, dim, L2)
 
 
 @triton.jit
