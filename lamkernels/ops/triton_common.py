@@ -38,7 +38,7 @@ def is_finite(value: tensor) -> tensor:
 
 @triton.jit
 def finite_rows(entry: tensor, BD: tl.constexpr) -> tensor:
-    """Whether all entries [BN, BD] of each row are finite, by a sum: LLVM keeps the minimum of flags in a stack frame."""
+    """Whether all entries [BN, BD] of each row are finite; a sum, because LLVM puts a minimum of flags on the stack."""
     return tl.sum(is_finite(entry).to(tl.int32), axis=1) == BD
 
 

@@ -106,7 +106,6 @@ def test_inputs_too_large_to_lie_side_by_side_take_turns_as_wholes(monkeypatch, 
     ]
 
 
-
 def test_a_wrong_result_and_a_failure_are_rows_without_times(monkeypatch, everything_present):
     wrong = {**RIGHT, "error": "wrong codes", "mismatch_rate": 0.5}
     rows, asked = run_with(

@@ -93,7 +93,7 @@ def store_nearest(
 @triton.jit
 def nearest_code_streamed_kernel(
     x: tensor, codebook: tensor, codes: tensor, centre: tensor, half_norm: tensor, limit: tensor, indices: tensor,
-    distance: tensor, num_rows: tensor, num_codes: tensor, dim: tl.constexpr, padded_codes: tensor, padded_dim: tensor,
+    distance: tensor, num_rows: tensor, num_codes: tensor, dim: tensor, padded_codes: tensor, padded_dim: tensor,
     x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor, c_k: tensor, tiles: tensor,
     L2: tl.constexpr, COSINE: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
     DISTANCE: tl.constexpr, ONE_CHUNK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
