@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lamkernels.backend import resolve
 from lamkernels.eager import is_plain
-from lamkernels.functional import nearest_code, vector_quantize
+from lamkernels.functional import lookup, nearest_code, vector_quantize
 from lamkernels.one_call import numba_steps, plan_one_call
 
 
@@ -36,8 +36,25 @@ def noise_step(x: Tensor, codebook: Tensor, noise: Tensor, used: Tensor) -> tupl
         step: tuple[Tensor, Tensor, Tensor] = numba_steps().noise_step(x, codebook, *planned, noise.detach(), used)
         return step
     out = vector_quantize(x, codebook, gradient="noise", noise=noise)
-    used.add_(out.counts > 0)
-    return out.quantized, out.indices.clamp(min=0), torch.special.entr(out.counts / x.shape[0]).sum().exp()
+    return out.quantized, out.indices.clamp(min=0), _measure_use(out.counts, x.shape[0], used)
+
+
+def code_step(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`noise_step` returns with the codes themselves as ``quantized``, which only the codebook learns from.
+
+    Args:
+        x: (N, D).
+        codebook: (K, D) in the dtype of x.
+        used: (K,) int32; 1 is added for each code that a row has chosen.
+    """
+    out = vector_quantize(x.detach(), codebook.detach(), gradient="none")
+    return lookup(out.indices, codebook), out.indices.clamp(min=0), _measure_use(out.counts, len(x), used)
+
+
+def _measure_use(counts: Tensor, rows: int, used: Tensor) -> Tensor:
+    """Adds the codes that ``counts`` (K,) has to ``used`` (K,), and returns the perplexity ()."""
+    used.add_(counts > 0)
+    return torch.special.entr(counts / rows).sum().exp()
 
 
 def gradient_step(x: Tensor, codebook: Tensor, usage: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

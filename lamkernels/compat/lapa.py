@@ -33,7 +33,7 @@ from lamkernels.compat.base import Compat
 from lamkernels.compat.structure import difference
 from lamkernels.functional import lookup, nearest_code
 from lamkernels.ops.constants import NOISE_EPS
-from lamkernels.steps import noise_step
+from lamkernels.steps import code_step, noise_step
 
 logger = logging.getLogger(__name__)
 
@@ -154,9 +154,10 @@ class NSVQ(Compat):
         used = self.codebooks_used
         if used.device != rows.device:  # it stays behind where the module moves
             self.codebooks_used = used = used.to(rows.device)
-        quantized, indices, perplexity = noise_step(rows, codebook, noise, used)
         if codebook_training_only:
-            quantized = lookup(nearest_code(rows, codebook), codebook)
+            quantized, indices, perplexity = code_step(rows, codebook, used)
+        else:
+            quantized, indices, perplexity = noise_step(rows, codebook, noise, used)
         counted = used.cpu().numpy() if self.numpy_usage else used
         return self.decode(quantized, batch), perplexity, counted, indices.reshape(batch, -1)
 

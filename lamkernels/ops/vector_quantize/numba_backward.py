@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import numpy as np
@@ -26,7 +27,15 @@ BACKWARD = 31
 BACKWARD_CHUNK = 1 << 16  # entries of x in a task
 GATHERED = 1 << 12  # entries of x that are gathered at a time
 MAX_PULLED = 1 << 13  # entries of a codebook whose pulls a task sums by itself
-ONE = struct.unpack("q", struct.pack("d", 1.0))[0]  # the bits of 1 as fp64
+
+
+@functools.lru_cache
+def bits(number: float) -> int:
+    """Those of a number as fp64, as an int64 parameter."""
+    (found,) = struct.unpack("q", struct.pack("d", number))
+    return int(found)
+
+
 
 
 @njit(**FLAGS)
@@ -300,8 +309,8 @@ def vector_quantize_backward(
         strides.group,
         strides.group_stride,
         strides.entry,
-        ONE,
-        ONE,
+        bits(1.0),
+        bits(1.0),
     ]
     tasks = heads * (-(-rows // chunk) + 1)
     launch(compiled(backward, x.dtype), parameters, tasks, 4 * heads * rows * dim)
