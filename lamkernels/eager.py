@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,18 @@ with torch.inference_mode():
     ORDINARY = {torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
 with torch.inference_mode(False):
     ORDINARY.add(torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
+
+
+def in_shape(fresh: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor that nobody else holds, in another shape.
+
+    Not as a view, which ``reshape`` makes: FSDP2 warns of views that a module returns, and autograd follows what is
+    written into one to what it is a view of.
+    """
+    if not fresh.is_contiguous():
+        return fresh.reshape(shape)
+    reshaped: Tensor = torch.ops.aten._unsafe_view(fresh, shape)
+    return reshaped
 
 
 # Asked for before every small call, so looked up once.

@@ -46,8 +46,6 @@ def difference(
 
 def beyond_lookup(table: nn.Embedding) -> str | None:
     """What a table does beside looking up, which a fused lookup would pass by, in words; None without any."""
-    if type(table) is not nn.Embedding:
-        return f"is a {type(table).__name__}"
     if table.padding_idx is not None or table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
         return "has padding_idx, max_norm, scale_grad_by_freq or sparse set"
     if table._forward_hooks or table._forward_pre_hooks or table._backward_hooks or table._backward_pre_hooks:

@@ -68,7 +68,7 @@ class VectorQuantizer(Compat):
     def _is_as_made(self) -> bool:
         """Whether nothing of the codebook and of this class is changed, which a fused lookup would pass by."""
         as_made: bool = type(self).update_usage is VectorQuantizer.update_usage
-        return as_made and beyond_lookup(self.codebook) is None
+        return as_made and type(self.codebook) is nn.Embedding and beyond_lookup(self.codebook) is None
 
     @torch.no_grad()
     def update_usage(self, min_enc: Tensor) -> None:

@@ -91,18 +91,18 @@ class VectorQuantizer2Family(Compat):
             inds = inds.masked_fill(inds >= self.used.shape[0], 0)
         return self.used.to(inds).index_select(0, inds.flatten()).reshape(inds.shape)
 
-    def _as_computed(self, z: Tensor) -> Tensor:
-        """Half precision rows become those of an fp32 codebook, as in upstream's arithmetic, under autocast as well."""
-        dtype = self.embedding.weight.dtype
-        if z.dtype == dtype and z.shape[-1:] == (self.e_dim,):
-            return z
+    def _as_computed(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z and the codebook. Half precision rows become those of an fp32 codebook, as in upstream's arithmetic, under
+        autocast as well.
+        """
+        weight = self.embedding.weight  # asked for once: an attribute of a module takes its time
         if z.numel() % self.e_dim:
             raise ValueError(f"z has shape {tuple(z.shape)}; its entries must make rows of e_dim = {self.e_dim}")
-        return z if z.dtype == dtype else z.to(torch.promote_types(z.dtype, dtype))
+        return z if z.dtype == weight.dtype else z.to(torch.promote_types(z.dtype, weight.dtype)), weight
 
-    def _quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _quantize(self, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z as quantised rows in its shape, the weighted loss () and the indices (N,) int64."""
-        quantized, indices, loss = quantize_with_loss(z, self.embedding.weight, *self._weights, whole_rows=True)
+        quantized, indices, loss = quantize_with_loss(z, weight, *self._weights, whole_rows=True)
         return quantized, loss if loss.dtype == z.dtype else loss.to(z.dtype), indices
 
     @property

@@ -22,7 +22,15 @@ from lamkernels.ops.nearest_code.numba import LOOKUP, row_strides
 from lamkernels.ops.parallel import HUGE, MIN_WORK_PER_THREAD, empty, run
 from lamkernels.ops.vector_quantize.numba import QUANTIZE
 from lamkernels.ops.vector_quantize.numba_backward import LOSS_WEIGHTS, bits
-from lamkernels.ops.vector_quantize.numba_plan import AVERAGES, CODEBOOK_LOSS, LOSS_WEIGHT, BackwardArray, ForwardArray, Plan, plan
+from lamkernels.ops.vector_quantize.numba_plan import (
+    AVERAGES,
+    CODEBOOK_LOSS,
+    LOSS_WEIGHT,
+    BackwardArray,
+    ForwardArray,
+    Plan,
+    plan,
+)
 from lamkernels.ops.vector_quantize.op import vector_quantize_backward
 
 __all__ = ["plan", "quantize", "row_strides", "train_step", "weighted_step"]
@@ -56,6 +64,7 @@ class Scratch:
 scratch = Scratch()
 Extras = tuple[Tensor | None, Tensor | None, Tensor | None]
 Wanted = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+NOTHING: Wanted = (None, None, None, None)
 
 
 def forward(
@@ -176,9 +185,7 @@ def _train_step(
     x: Tensor, codebook: Tensor, sizes: Tensor, code_sums: Tensor, plan: Plan, rows: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, int]:
     averages, loss = averages_in(sizes, code_sums, codebook), empty_loss(codebook)
-    quantized, indices, _, rows_in = forward(
-        x, codebook, plan, (rows, None, None), (None, None, None, loss), averages
-    )
+    quantized, indices, _, rows_in = forward(x, codebook, plan, (rows, None, None), (None, None, None, loss), averages)
     if not codebook.is_inference():
         torch.autograd.graph.increment_version((codebook, sizes, code_sums))  # autograd notices the update by it
     visible = visible_indices(indices, rows_in)

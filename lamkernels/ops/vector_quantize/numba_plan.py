@@ -28,13 +28,13 @@ from lamkernels.ops.vector_quantize.numba import QUANTIZE, nan_and_zero, quantiz
 from lamkernels.ops.vector_quantize.numba_backward import BACKWARD, BACKWARD_CHUNK, backward, bits, pulls_in_task
 from lamkernels.validation import GRADIENTS, PRECISIONS
 
-# The parameters behind those of the quantisation: 0 and 1 the two losses over all heads, which may be one, 2 how many rows are in, 3 the
-# address of the scratch, to which the elements in SCRATCH are relative, 4 whether this call prepares and 5 whether it
-# does the rest. For an EMA update: 6 cluster sizes (H, K) or 0, 7 code sums (H, K, D), 8 codebook (H, K, D), all in the
-# computed type, 9 and 10 the bits of the decay and of ε as fp64. Then 11 the bits of what the first loss is multiplied
-# by, as fp64, 12 whether the EMA is LAPO's, 13 where the perplexity () of the codes, summed over the heads, goes or 0,
-# 14 for each code of one head an int32 (K,) or 0: +1 where it is chosen, 15 such a number in the computed type or 0: +1
-# for each group of as many rows as 16 says in which the code is chosen
+# The parameters behind those of the quantisation: 0 and 1 where the two losses over all heads go, which may be one
+# place, 2 how many rows are in, 3 the address of the scratch, to which the elements in SCRATCH are relative, 4 whether
+# this call prepares and 5 whether it does the rest. For an EMA update: 6 cluster sizes (H, K) or 0, 7 code sums
+# (H, K, D), 8 codebook (H, K, D), all in the computed type, 9 and 10 the bits of the decay and of ε as fp64. Then 11
+# the bits of what the first loss is multiplied by, as fp64, 12 whether the EMA is LAPO's, 13 where the perplexity () of
+# the codes, summed over the heads, goes or 0, 14 for each code of one head an int32 (K,) or 0: +1 where it is chosen,
+# 15 such a number in the computed type or 0: +1 for each group of as many rows as 16 says in which the code is chosen
 ONE_CALL = QUANTIZE + 17
 CODEBOOK_LOSS, LOSS_WEIGHT = QUANTIZE + 1, QUANTIZE + 11
 AVERAGES, LAPO_AVERAGES = QUANTIZE + 6, QUANTIZE + 12
@@ -245,10 +245,12 @@ def plan(
         0, 0, 0, laid.head, laid.row, 0, 0, 0, rows, 0, dim, 0, 0, 0, 0, 0, 0, 0, 0, 0, heads, chunk, 0, 0,
         metric == "cosine", gradient == "rotation", laid.group, laid.group_stride, laid.entry, bits(1.0), bits(1.0),
     )  # fmt: skip
+    unwanted = tuple(at[name] for name in ("counts", "sums", "residual sums", "losses"))
+    indices = torch.zeros((), dtype=torch.int64, device="cpu").expand(shape[:-1])
     kernel, kernel_backward = compiled(_step, stored), compiled(backward, stored)
     return Plan(
-        forward, backward_array, scratch, tuple(at[name] for name in ("counts", "sums", "residual sums", "losses")), tasks,
-        heads * rows * num_codes * dim, kernel, entry(kernel), kernel_backward, entry(kernel_backward),
-        heads * (-(-rows // chunk) + 1), strides, torch.zeros((), dtype=torch.int64, device="cpu").expand(shape[:-1]), heads, dim,
+        forward, backward_array, scratch, unwanted, tasks, heads * rows * num_codes * dim,
+        kernel, entry(kernel), kernel_backward, entry(kernel_backward),
+        heads * (-(-rows // chunk) + 1), strides, indices, heads, dim,
         pulls_in_task(rows, num_codes, dim, metric), (metric, gradient),
     )  # fmt: skip

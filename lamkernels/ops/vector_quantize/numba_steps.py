@@ -17,6 +17,7 @@ from lamkernels.ops.parallel import run
 from lamkernels.ops.vector_quantize.numba import THROUGH
 from lamkernels.ops.vector_quantize.numba_backward import BACKWARD_CHUNK, LOSS_WEIGHTS, bits
 from lamkernels.ops.vector_quantize.numba_one_call import (
+    NOTHING,
     ZERO,
     apply,
     averages_in,
@@ -40,36 +41,38 @@ from lamkernels.ops.vector_quantize.numba_plan import (
 
 
 def noise_step(
-    x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, noise: Tensor, used: Tensor
+    last: Tensor, codebook: Tensor, first: Tensor, plan: Plan, noise: Tensor, used: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`lamkernels.steps.noise_step`."""
-    return apply(NoiseStep, x, codebook, plan, rows, noise, used)  # type: ignore[no-any-return]
+    return apply(NoiseStep, last, codebook, first, plan, noise, used)  # type: ignore[no-any-return]
 
 
 class NoiseStep(torch.autograd.Function):
-    """x, codebook -> quantized, indices, perplexity; adds to ``used``."""
+    """last, codebook, first -> quantized, indices, perplexity; adds to ``used``."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, noise: Tensor, used: Tensor
+        ctx: Any, last: Tensor, codebook: Tensor, first: Tensor, plan: Plan, noise: Tensor, used: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        residual_sums, perplexity = torch.empty_like(codebook), empty_loss(codebook)
+        x, residual_sums, perplexity = last - first, torch.empty_like(codebook), empty_loss(codebook)
         settings = {PERPLEXITY: perplexity.data_ptr(), CALLS_USED: used.data_ptr()}
         quantized, indices, codes, ctx.rows_in = forward(
-            x, codebook, plan, (rows, None, noise), (None, None, residual_sums, None), settings
+            x, codebook, plan, (None, None, noise), (None, None, residual_sums, None), settings
         )
         visible = visible_indices(indices, ctx.rows_in)
         ctx.plan, ctx.computed = plan, codebook.dtype
         ctx.mark_non_differentiable(visible, perplexity)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, rows, codes, indices, residual_sums, noise)
+        ctx.save_for_backward(x, None, codes, indices, residual_sums, noise)
         return quantized, visible, perplexity
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
         if grad is None:
             return (None,) * 6
-        return *gradient(ctx, grad, None, None), None, None, None, None
+        grad_x, grad_codebook = gradient(ctx, grad, None, None)
+        of_first = -grad_x if grad_x is not None and ctx.needs_input_grad[2] else None
+        return grad_x, grad_codebook, of_first, None, None, None
 
 
 def gradient_step(
@@ -90,7 +93,7 @@ class GradientStep(torch.autograd.Function):
         settings = {THROUGH: through.data_ptr()}
         if usage is not None:
             settings |= {GROUPS_USED: usage.data_ptr(), GROUPS_USED + 1: plan.indices.shape[1:].numel()}
-        codes, indices, _, rows_in = forward(x, codebook, plan, (rows, None, None), (None,) * 4, settings)
+        codes, indices, _, rows_in = forward(x, codebook, plan, (rows, None, None), NOTHING, settings)
         visible = visible_indices(indices, rows_in)
         ctx.num_codes = codebook.shape[0]
         ctx.mark_non_differentiable(visible)
