@@ -60,7 +60,8 @@ def code_step(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor
 def _measure_use(counts: Tensor, rows: int, used: Tensor) -> Tensor:
     """Adds the codes that ``counts`` (K,) has to ``used`` (K,), and returns the perplexity ()."""
     used.add_(counts > 0)
-    return torch.special.entr(counts / rows).sum().exp()
+    perplexity: Tensor = torch.special.entr(counts / rows).sum().exp()
+    return perplexity
 
 
 def gradient_step(x: Tensor, codebook: Tensor, usage: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
