@@ -202,3 +202,4 @@ def test_two_programs_of_a_streamed_lookup_share_a_multiprocessor() -> None:
 
 def test_training_takes_three_launches() -> None:
     assert len(record("sm_90", lambda: quantise(64, 16, SINGLE, 1024))) == 3
+    assert len(record("sm_90", lambda: grouped(2, 64, 16, (64, 128, 1, 4)))) == 3  # of two codebooks too
