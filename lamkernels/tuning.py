@@ -88,7 +88,7 @@ def resident(target: str, num_rows: int, num_codes: int, dim: int) -> Tile | Non
     # the sums, the one-hot factor and the rows are held at once: more rows than this spill registers
     if size > 4096 or max(codes, entries) > 64:
         return Tile(16, codes, entries, warps, 1, registers(target))
-    if size >= 1024 or num_rows <= SMALL_BATCH or dim % ALIGNED:
+    if size >= (512 if target == "sm_120" else 1024) or num_rows <= SMALL_BATCH or dim % ALIGNED:
         return Tile(32, codes, entries, warps, 1, registers(target))
     return Tile(64, codes, entries, warps, 1, registers(target))
 
