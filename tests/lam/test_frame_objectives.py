@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lamkernels.lam.bottlenecks import BOTTLENECKS
 from lamkernels.lam.exogenous import ExogenousFrames
 from lamkernels.lam.frame_lam import FrameLAM, FrameLAMConfig
-from lamkernels.lam.frame_remedies import Region, region_flow, train_with_remedy
+from lamkernels.lam.frame_remedies import Region, agent_flow, train_with_remedy
 from lamkernels.lam.frame_training import Batches, TrainingConfig
 from lamkernels.lam.objectives import (
     ActionSupervision,
@@ -28,7 +29,6 @@ from lamkernels.lam.objectives import (
     pixel_reconstruction,
     total_loss,
 )
-from lamkernels.lam.vector_lam import BOTTLENECKS
 
 B, K, P, D = 6, 2, 3, 5
 
@@ -44,7 +44,7 @@ def leaves(*shape):
 @pytest.fixture
 def step():
     torch.manual_seed(0)
-    model = FrameLAM(FrameLAMConfig(8, latent_dim=K, width=2)).double()
+    model = FrameLAM(FrameLAMConfig(8, latent_dim=K, bottleneck="vq", codebook_size=3, width=2)).double()
     frames = {name: leaves(B, 1, 8, 8) for name in ("frame", "next_frame", "view", "next_view", "ahead")}
     rest = {"action": leaves(B, P), "flow": leaves(B, 4), "features": leaves(B, D), "next_features": leaves(B, D)}
     labelled = torch.tensor([1, 0, 1, 1, 0, 0]).bool()
@@ -137,7 +137,14 @@ def test_augmentation_and_decorrelation(step):
     batch, x = step.batch, step.latent.before
     assert AugmentationConsistency(lambda frame: frame)(step) == 0
     changed = step.model.infer(batch.frame**2, batch.next_frame**2).before
-    assert agree(AugmentationConsistency(torch.square)(step), mean_square(changed, x) / K, step).any()
+    state = copy.deepcopy(step.model.state_dict())
+    found = AugmentationConsistency(torch.square)(step)
+    torch.testing.assert_close(step.model.state_dict(), state, rtol=0, atol=0)  # neither moments nor codebook moved
+    assert agree(found, mean_square(changed, x) / K, step).any()
+    model = step.model.eval()
+    known = model.infer(batch.frame, batch.next_frame).before
+    torch.testing.assert_close(model.before_bottleneck(batch.frame, batch.next_frame), known)
+    step.model.train()
     shaded = Shading(strength=3.0)(torch.zeros(4000, 1, 8, 8))
     assert shaded[:, 0, 0, 0].std() == pytest.approx(3.0, rel=0.05)
     assert (shaded[:, 0, 0, 0] - shaded[:, 0, 0, 1]).std() < shaded[:, 0, 0, 0].std()
@@ -188,12 +195,12 @@ def test_batches_are_the_transitions_they_name(falling):
 def test_the_flow_of_a_region_stops_at_its_border(falling):
     region = torch.zeros(8, 8, dtype=torch.bool)
     region[5] = True
-    flow = region_flow(falling, region)
+    flow = agent_flow(falling, region)
     assert flow.shape == (600, 16) and not flow[99].any()
     assert flow[falling.pairs].square().mean() == pytest.approx(1.0, rel=1e-4)
     black = ExogenousFrames(falling.frames * region, *(getattr(falling, n) for n in ("actions", "starts", "exogenous",
                                                                                      "innovation")))  # fmt: skip
-    torch.testing.assert_close(region_flow(black, region), flow)
+    torch.testing.assert_close(agent_flow(black, region), flow)
 
 
 @pytest.mark.parametrize("bottleneck", BOTTLENECKS)
