@@ -17,7 +17,7 @@ from torch import Tensor
 from lamkernels.lam import distractors
 from lamkernels.lam.distractors import KINDS, SCALES, VIDEOS, CameraState
 from lamkernels.lam.exogenous import ExogenousFrames
-from lamkernels.validation import check_integer, check_option, check_positive
+from lamkernels.validation import check_integer, check_option
 
 # how much of the ground hides the background, as published: all of it under those that run
 GROUND = {"reacher": 0.0, "walker": 1.0, "cheetah": 1.0}
@@ -45,7 +45,7 @@ class ControlConfig:
         view_kind: "camera": views are from the task's second camera, which has a background and a movement of its own;
             "scene": from the first again, in a scene where all distractors are others.
         shadows: False draws neither shadows nor reflections, which take ten times as long as the rest without a GPU.
-        radius: factor of the radii at which the agent is drawn; its physics does not change.
+        stops: whether all velocities are set to zero before each transition, so that a frame shows the whole state.
     """
 
     domain: str = "cartpole"
@@ -63,7 +63,7 @@ class ControlConfig:
     views: bool = False
     view_kind: str = "camera"
     shadows: bool = True
-    radius: float = 1.0
+    stops: bool = False
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError where a field has no meaning."""
@@ -73,7 +73,6 @@ class ControlConfig:
         check_option("view_kind", self.view_kind, ("camera", "scene"))
         for kind in self.distractors:
             check_option("distractors", kind, KINDS)
-        check_positive("radius", self.radius)
         if self.mean_hold < 1:
             raise ValueError(f"mean_hold is {self.mean_hold}; it must be at least 1")
 
@@ -114,7 +113,7 @@ def collect(config: ControlConfig) -> ExogenousFrames:
     videos = []
     if "background" in config.distractors:
         videos = distractors.background_videos(config.size, VIDEOS[config.difficulty], config.seed, config.videos)
-    materials, agent = _Materials(physics), _Agent(physics, config.radius)
+    materials, agent = _Materials(physics), _Agent(physics)
     made = [_camera(physics, config.size, number) for number in sorted(set(cameras))]
     frames: list[list[Tensor]] = [[] for _ in cameras]
     states: list[list[Tensor]] = [[] for _ in cameras]
@@ -147,6 +146,9 @@ def collect(config: ControlConfig) -> ExogenousFrames:
             last = step == length
             actions.append(torch.zeros(spec.shape[0]) if last else torch.from_numpy(action).float())
             starts.append(step == 0)
+            if config.stops:
+                physics.data.qvel[:] = 0
+                physics.forward()
             for _ in range(0 if last else config.action_repeat):  # without the observations of a step
                 task.before_step(action, physics)
                 physics.step(substeps)
@@ -169,7 +171,9 @@ def collect(config: ControlConfig) -> ExogenousFrames:
 def _suite() -> Any:
     os.environ.setdefault("MUJOCO_GL", "egl")
     with contextlib.suppress(ModuleNotFoundError):
-        importlib.import_module("triton")  # it crashes where Mesa, which renders without a GPU, has loaded its LLVM first
+        importlib.import_module(
+            "triton"
+        )  # it crashes where Mesa, which renders without a GPU, has loaded its LLVM first
     try:
         from dm_control import suite
     except ModuleNotFoundError:
@@ -238,10 +242,9 @@ class _Materials:
 class _Agent:
     """The bodies that can move."""
 
-    def __init__(self, physics: Any, radius: float) -> None:
+    def __init__(self, physics: Any) -> None:
         self.data = physics.data
         self.moves = physics.model.body_weldid[physics.model.geom_bodyid] != 0  # by geom
-        physics.model.geom_size[self.moves, 0] *= radius
 
     def mask(self, objects: np.ndarray) -> Tensor:
         """(S, S) uint8 of what was rendered: 255 where the agent is."""

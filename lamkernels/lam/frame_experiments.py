@@ -82,7 +82,7 @@ CONTROLS = {
     "dependence": FrameControls(GameData(ratio=(0.25, 4.0), coupling=(0.0, 0.4, 0.8, 1.0)), bottlenecks=("none",)),
     "remedies": FrameControls(remedies=REMEDIES),
     "pong-remedies": FrameControls(GameData("pong"), remedies=REMEDIES),
-    "control-remedies": FrameControls(TaskData(), remedies=OF_MASKS, latent_dim=2),
+    "control-remedies": FrameControls(TaskData(), remedies=OF_MASKS, latent_dim=4),
 }
 DRAW: dict[str, Callable[[list[Row]], bytes]] = {
     "noise": frame_figures.noise,

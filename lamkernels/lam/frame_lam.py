@@ -121,7 +121,7 @@ class FrameLAM(nn.Module):
         return Latent(before, z, indices, loss)
 
     def before_bottleneck(self, frame: Tensor, next_frame: Tensor) -> Tensor:
-        """What goes into the bottleneck between two frames, (B, k), in training normalised over these: no state changes.
+        """What goes into the bottleneck, (B, k), in training normalised over these frames; no state changes.
 
         :meth:`infer` of frames that are no data, such as augmented ones, would move the moments that evaluation
         normalises with, and a codebook that is learned by moving averages.

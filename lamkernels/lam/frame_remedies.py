@@ -72,8 +72,8 @@ def train_with_remedy(
     """A model of the frames, trained under one remedy.
 
     Args:
-        remedy: of :data:`REMEDIES` or :data:`OF_MASKS`. "none" reconstructs pixels. "action supervision", "10 % labelled",
-            "optical flow" (of the agent alone), "augmentation" and "decorrelation" add an objective to that.
+        remedy: of :data:`REMEDIES` or :data:`OF_MASKS`. "none" reconstructs pixels. "action supervision", "10 %
+            labelled", "optical flow" (of the agent alone), "augmentation" and "decorrelation" add an objective to that.
             "cross-view" and those of :data:`WITHOUT_DECODER` replace it; the latter leave the model's decoder as it was
             initialised.
         data: frames, with views for "cross-view" and masks for "agent mask".
@@ -149,8 +149,8 @@ def agent_flow(data: ExogenousFrames, region: Tensor) -> Tensor:
 
     Of masks, where the agent has them. Without, everything outside of the region, and the median picture inside, is
     blanked out first, because the windows of a flow reach beyond it and see the background. In units of its root mean
-    square: displacements depend on the size of the frames. Always by Farneback's method, so that one seed gives the same
-    numbers with and without OpenCV.
+    square: displacements depend on the size of the frames. Always by Farneback's method, so that one seed gives the
+    same numbers with and without OpenCV.
     """
     flow = torch.zeros(len(data.frames), 2 * int(region.sum()))
     pairs = data.pairs

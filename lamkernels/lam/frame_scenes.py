@@ -140,9 +140,9 @@ class _GameScenes:
 class TaskData:
     """A task of dm_control behind the three distractors: :func:`lamkernels.lam.control.collect`.
 
-    A frame shows no velocity, so the action can be told from one transition only if it decides by itself how far the
-    agent moves: the task has strong damping, a transition lasts for longer than the damping takes, and the policy draws
-    a new action for each. The views are the first camera again, where all three distractors are others.
+    A frame shows no velocity, so the action can be told from one transition only if nothing else moves the agent: all
+    velocities are set to zero before each transition, and the policy draws a new action for each. The views are the
+    first camera again, in a scene where all three distractors are others. Nothing casts a shadow.
 
     Attributes:
         domain: of the task.
@@ -151,18 +151,16 @@ class TaskData:
         episode: transitions of an episode.
         action_repeat: steps of the task of a transition.
         size: S of the frames, RGB.
-        radius: the agent is drawn at so many times its own, without shadows.
         detail: pixels are the means of detail² that are rendered: an agent may be thinner than one.
         difficulty: of the distractors, of each scene.
     """
 
-    domain: str = "point_mass"
-    task: str = "easy"
-    transitions: int = 6000
-    episode: int = 50
-    action_repeat: int = 50
+    domain: str = "cartpole"
+    task: str = "swingup"
+    transitions: int = 5000
+    episode: int = 20
+    action_repeat: int = 30
     size: int = 16
-    radius: float = 4.0
     detail: int = 3
     difficulty: tuple[str, ...] = ("easy",)
     channels: ClassVar[int] = 3
@@ -192,7 +190,7 @@ class TaskData:
 def _task_scene(c: TaskData, k: int, seed: int, difficulty: str) -> Scene:
     config = ControlConfig(
         c.domain, c.task, c.transitions, c.episode, c.detail * c.size, seed, c.action_repeat, mean_hold=1.0,
-        difficulty=difficulty, views=True, view_kind="scene", shadows=False, radius=c.radius,
+        difficulty=difficulty, views=True, view_kind="scene", shadows=False, stops=True,
     )  # fmt: skip
     data, clean = (_shrunk(collect(made), c.size) for made in (config, replace(config, distractors=(), views=False)))
     assert data.masks is not None and data.places is not None

@@ -108,8 +108,8 @@ def train_frame_lam(
 
     The mean picture is taken off and one number divides the rest, the standard deviation of what is left: without it
     the few pixels that move are so small that a network learns nothing for hundreds of steps. Squared errors keep their
-    proportions, so it changes no minimum. On a CPU with one thread the same seed gives the same bits; weights start, and
-    batches are drawn, alike on every device.
+    proportions, so it changes no minimum. On a CPU with one thread the same seed gives the same bits; weights start and
+    batches are drawn alike on every device.
 
     Args:
         data: frames.
