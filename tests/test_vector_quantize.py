@@ -399,7 +399,7 @@ def test_cosine_of_rows_of_any_size(backend, scale, codes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (500, 20, 37), (300, 2000, 17), (0, 3, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (500, 20, 37), (300, 2000, 17), (300, 140, 270), (0, 3, 2)], ids=str)
 def test_code_statistics(backend, shape, dtype):
     rows, codes, dim = shape
     x = torch.randn(rows, dim).to(dtype).requires_grad_()

@@ -1,7 +1,7 @@
-"""code_statistics on the CPU: slices of columns times fixed chunks of rows, fp64 sums in row order, merged in order.
+"""code_statistics on the CPU: sums in fp64, in the order of the rows, whatever the number of threads.
 
-A thread owns a slice of columns of a chunk of rows, so no two write to one sum and the result does not depend on the
-number of threads.
+Of a small codebook a task owns a slice of columns of a chunk of rows, and the sums of the chunks are merged in order.
+Of a large one it owns a slice of columns of a range of codes: it lists the rows of each, and sums one code at a time.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from numba import carray, njit
 from torch import Tensor
 
 from lamkernels.ops.nearest_code.numba import FLAGS, elements, row_of, row_strides
-from lamkernels.ops.parallel import compiled, launch
+from lamkernels.ops.parallel import compiled, empty, launch
 from lamkernels.ops.simd import computed_type, fetch_add, stored_type, widen, words
 
 SLICE = 16  # columns: a cache line of fp32
 CHUNKS = 8
 MAX_CHUNKED = 1 << 15  # entries of a codebook up to which every chunk of rows has sums of its own
+WIDE_SLICE, TASKS = 256, 32  # columns, and tasks of a head, of a larger one: every task reads all indices
 
 # int64 parameters: 2 x, 3 head stride, 4 row stride, 5 codebook or 0, 6 its head stride, 7 partial sums (H, P, K, D)
-# fp64, 8 N, 9 K, 10 D, 11 partial counts (H, P, K), 12 indices (H, N), 13 P, 14 slices, 15 counts, 16 sums,
-# 17 residual sums or 0, 18 tasks, 19 H, 20 to 22 groups of rows of x, as 19 to 21 of the lookup
+# fp64, 8 N, 9 K, 10 D, 11 partial counts (H, P, K), 12 indices (H, N), 13 P, the chunks or the ranges of codes, 14
+# slices, 15 counts, 16 sums, 17 residual sums or 0, 18 tasks, 19 H, 20 to 22 groups of rows of x, as 19 to 21 of the
+# lookup
 PARAMETERS = 23
 
 
@@ -89,6 +91,60 @@ def _merge(a, head, computed):
 
 
 @njit(**FLAGS)
+def _sums_of_codes(p, stored, computed):
+    a = carray(p, (PARAMETERS,))
+    rows, num_codes, dim, ranges, slices = a[8], a[9], a[10], a[13], a[14]
+    size = (num_codes + ranges - 1) // ranges
+    staging = np.empty(WIDE_SLICE, elements(a[2], 0, 1, stored).dtype)
+    total, code = np.empty(WIDE_SLICE, np.float64), np.zeros(WIDE_SLICE, np.float64)
+    while True:
+        task = fetch_add(a, 0)
+        if task >= a[18]:
+            return
+        part, begin = task // slices, task % slices * WIDE_SLICE
+        head, first = part // ranges, min(part % ranges * size, num_codes)
+        width, codes = min(begin + WIDE_SLICE, dim) - begin, min(size, num_codes - first)
+        ends, order = _rows_by_code(elements(a[12], head * rows, rows, np.int64(0)), first, codes)
+        if begin == 0:
+            counts = elements(a[15], head * num_codes + first, codes, np.int64(0))
+            for k in range(codes):
+                counts[k] = ends[k + 1] - ends[k]
+        for k in range(codes):
+            place = (head * num_codes + first + k) * dim + begin
+            if a[5] != 0:
+                code[:width] = elements(a[5], head * a[6] + (first + k) * dim + begin, width, computed)
+            total[:] = 0.0
+            for i in range(ends[k], ends[k + 1]):
+                row = row_of(a, 20, head, order[i], begin, width, staging, stored)
+                for d in range(width):
+                    total[d] += np.float64(widen(row[d])) - code[d]
+            sums = elements(a[16], place, width, computed)
+            count = np.float64(ends[k + 1] - ends[k])  # Σx = n·c + Σ(x − c)
+            for d in range(width):
+                sums[d] = total[d] + count * code[d] if count > 0 else 0.0
+            if a[17] != 0:
+                elements(a[17], place, width, computed)[:] = total[:width]
+
+
+@njit(**FLAGS)
+def _rows_by_code(indices, first, codes):
+    """The rows of the codes [first, first + codes), in order: those of the k-th are order[ends[k] : ends[k + 1]]."""
+    ends = np.zeros(codes + 1, np.int64)
+    for n in range(indices.shape[0]):
+        if first <= indices[n] < first + codes:
+            ends[indices[n] - first + 1] += 1
+    for k in range(codes):
+        ends[k + 1] += ends[k]
+    order, place = np.empty(ends[codes], np.int64), ends.copy()
+    for n in range(indices.shape[0]):
+        if first <= indices[n] < first + codes:
+            k = indices[n] - first
+            order[place[k]] = n
+            place[k] += 1
+    return ends, order
+
+
+@njit(**FLAGS)
 def _countable_rows(p, stored):
     """Copies the indices at 7 to those at 12, −1 where one is out of range or its row not finite."""
     a = carray(p, (PARAMETERS,))
@@ -113,6 +169,10 @@ def _sums(p):
     _partial_sums(words(p), stored_type(p), computed_type(p))
 
 
+def _large_sums(p):
+    _sums_of_codes(words(p), stored_type(p), computed_type(p))
+
+
 def _countable(p):
     _countable_rows(words(p), stored_type(p))
 
@@ -131,11 +191,13 @@ def sum_rows(
         residual_sums: (H, K, D), with a codebook.
     """
     (heads, rows), (num_codes, dim), strides = indices.shape, sums.shape[1:], row_strides(x)
-    chunks = CHUNKS if num_codes * dim <= MAX_CHUNKED else 1
-    slices = -(-dim // SLICE)
-    partial = torch.empty((heads, chunks, num_codes, dim), dtype=torch.float64, device="cpu")
-    partial_counts = torch.empty((heads, chunks, num_codes), dtype=torch.int64, device="cpu")
-    tasks = heads * chunks * slices
+    chunked = num_codes * dim <= MAX_CHUNKED
+    slices = -(-dim // (SLICE if chunked else WIDE_SLICE))
+    parts = CHUNKS if chunked else max(1, min(TASKS // slices, num_codes))
+    merged = parts if chunked else 0
+    partial = torch.empty((heads, merged, num_codes, dim), dtype=torch.float64, device="cpu")
+    partial_counts = torch.empty((heads, merged, num_codes), dtype=torch.int64, device="cpu")
+    tasks = heads * parts * slices
     parameters = [
         x.data_ptr(),
         strides.head,
@@ -148,7 +210,7 @@ def sum_rows(
         dim,
         partial_counts.data_ptr(),
         indices.data_ptr(),
-        chunks,
+        parts,
         slices,
         counts.data_ptr(),
         sums.data_ptr(),
@@ -157,7 +219,7 @@ def sum_rows(
         heads,
         *strides[2:],
     ]
-    launch(compiled(_sums, x.dtype), parameters, tasks, heads * rows * dim)
+    launch(compiled(_sums if chunked else _large_sums, x.dtype), parameters, tasks, heads * rows * dim)
 
 
 def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -167,7 +229,7 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor,
     given, checked = indices.contiguous(), torch.empty((heads, rows), dtype=torch.int64)
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
     counts = torch.empty((heads, num_codes), dtype=torch.int64)
-    sums = torch.empty((heads, num_codes, dim), dtype=computed)
+    sums = empty((heads, num_codes, dim), computed)
     parameters = [x.data_ptr(), strides.head, strides.row, 0, 0, given.data_ptr(), rows, num_codes, dim, 0]
     parameters += [checked.data_ptr(), 0, 0, 0, 0, 0, 0, heads, *strides[2:]]
     launch(compiled(_countable, x.dtype), parameters, heads * CHUNKS, heads * rows * dim)

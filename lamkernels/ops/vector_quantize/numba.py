@@ -215,7 +215,7 @@ def vector_quantize(
     quantized = empty((heads, rows, dim), x.dtype)
     indices = torch.empty((heads, rows), dtype=torch.int64)
     counts = torch.empty((heads, num_codes), dtype=torch.int64)
-    sums, residual_sums = (torch.empty((heads, num_codes, dim), dtype=computed) for _ in range(2))
+    sums, residual_sums = (empty((heads, num_codes, dim), computed) for _ in range(2))
     commitment_loss, codebook_loss = (torch.zeros(heads, dtype=computed) for _ in range(2))
     num_rows = torch.zeros(heads, dtype=torch.int64)
 
