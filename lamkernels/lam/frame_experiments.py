@@ -184,14 +184,14 @@ def measure(model: FrameLAM, scene: Scene) -> Row:
 
     def latents(frames: Tensor) -> tuple[Tensor, Tensor | None]:
         found = [
-            model.infer(*(model.pixels(frames[at].to(device)) for at in (t, t + 1))) for t in data.pairs.split(CHUNK)
+            model.infer(*(model.pixels(frames[at].to(device)) for at in (t, t + 1))) for t in torch.split(data.pairs, CHUNK)
         ]
         codes = [part.indices.cpu() for part in found if part.indices is not None]
         return torch.cat([part.z.cpu() for part in found]), torch.cat(codes) if codes else None
 
     def decode(frame: Tensor, z: Tensor) -> Tensor:
         parts = []
-        for frames, latent in zip(frame.split(CHUNK), z.split(CHUNK), strict=True):
+        for frames, latent in zip(torch.split(frame, CHUNK), torch.split(z, CHUNK), strict=True):
             own = (frames.to(device) - model.mean) / model.scale
             parts.append((model.decode(own, latent.to(device)) * model.scale + model.mean).cpu())
         return torch.cat(parts)
