@@ -279,18 +279,20 @@ def _one_pass(shapes: Iterable[tuple[int, int, int]], seconds: float, argv: Sequ
 
 
 def _compat(seconds: float, device: str, argv: Sequence[str], path: Path | None) -> int:
-    columns = f"{'plain':>9}{'drop-in':>9}{'ratio':>8}{'harness':>9}{'beyond':>9}"
+    columns = f"{'plain':>9}{'drop-in':>9}{'ratio':>8}{'harness':>9}{'beyond':>9}{'kernels':>9}"
     print(f"{'µs a training step':28}{'(N, K, D)':>18}{columns}")
-    found = []
+    rows: list[dict[str, Any]] = []
     for case in compat.CASES:
         times = compat.compare(case, seconds, device)
         numbers = f"{times.plain:9.0f}{times.fused:9.0f}{times.speedup:7.2f}×"
         numbers += f"{times.harness:9.0f}{times.beyond_harness:8.2f}×"
+        numbers += f"{'':>9}" if times.kernels is None else f"{times.kernels:9.0f}"
         print(f"{times.project:28}{times.shape!s:>18}{numbers}", flush=True)
-        found.append(times)
+        rows.append(times._asdict() | {"speedup": times.speedup, "beyond_harness": times.beyond_harness})
+        found = {"threads": torch.get_num_threads(), "microseconds": rows}
+        _write(path, argv, found, device)  # what follows may be cut off
     print("harness: the step with a bottleneck of recorded results; beyond: the ratio of what the forms take beyond it")
-    rows = [times._asdict() | {"speedup": times.speedup, "beyond_harness": times.beyond_harness} for times in found]
-    _write(path, argv, {"threads": torch.get_num_threads(), "microseconds": rows}, device)
+    print("kernels: the compiled calls of the drop-in form by themselves; blank where they run on several threads")
     return 0
 
 
@@ -301,11 +303,9 @@ def _profile(args: argparse.Namespace, device: str, argv: Sequence[str], path: P
     def keep(found: profile_step.Profile) -> None:
         _write(path, argv, {"threads": args.threads, "profile": profile_step.as_json(found)}, device)
 
-    found = profile_step.profile(args.profile, device, seconds)
-    keep(found)
+    found = profile_step.profile(args.profile, device, seconds, keep=keep)
     if not args.quick:
-        found = profile_step.with_compiled(found, device, seconds)
-        keep(found)
+        found = profile_step.with_compiled(found, device, seconds, keep)
     print(profile_step.table(found))
     return 0
 

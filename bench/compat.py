@@ -2,22 +2,27 @@
 
 One training step: forward, losses, backward, update of the buffers. Both forms run in this process, in turns, from one
 state and one seed; their results are compared before they are timed. A third form, the harness, takes its turns too: a
-bottleneck that hands out results and gradients recorded beforehand. No form can take less.
+bottleneck that hands out results and gradients recorded beforehand. No form can take less. And the compiled calls of
+the drop-in form are timed alone: what its step takes beyond them and the harness is torch's and Python's.
 """
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lamkernels.backend import resolve
 from lamkernels.compat import lapa, lapo, moto, univla, villa_x
+from lamkernels.one_call import numba_one_call
 
 from .stock import lapa as plain_lapa
 from .stock import lapo as plain_lapo
@@ -26,6 +31,7 @@ from .stock import univla as plain_univla
 from .stock import villa_x as plain_villa_x
 
 WARM = 20  # steps of each form that are not counted
+ALONE = 50  # runs of a compiled call
 
 
 class Case(NamedTuple):
@@ -53,13 +59,14 @@ class Case(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Microseconds a step, medians."""
+    """Microseconds a step, medians; ``kernels``: see :func:`kernel_seconds`."""
 
     project: str
     shape: tuple[int, int, int]
     plain: float
     fused: float
     harness: float
+    kernels: float | None
     steps: int
 
     @property
@@ -203,7 +210,44 @@ def compare(case: Case, seconds: float, device: str) -> Times:
         if end == float("inf") and len(samples[0]) == WARM:
             samples, end = [[], [], []], time.perf_counter() + seconds
     plain, fused, harness = (1e6 * median(times) for times in samples)
-    return Times(case.project, case.shape, plain, fused, harness, len(samples[0]))
+    alone = kernel_seconds(steps[1]) if device == "cpu" else None
+    return Times(case.project, case.shape, plain, fused, harness, alone and 1e6 * alone, len(samples[0]))
+
+
+def kernel_seconds(step: Step) -> float | None:
+    """What the compiled calls of a step take by themselves, everything they need in the cache; None without any.
+
+    Each runs on copies of its parameters, on one thread, and its shortest run counts.
+    """
+    if resolve("auto", "cpu") != "numba":
+        return None
+    one_call = numba_one_call()
+    found: list[float] = []
+
+    def timed(call: Callable[[int], None], size: int) -> Callable[[int], None]:
+        def run(address: int) -> None:
+            seconds = []
+            for _ in range(ALONE):
+                parameters = ctypes.create_string_buffer(ctypes.string_at(address, size), size)
+                start = time.perf_counter()
+                call(ctypes.addressof(parameters))
+                seconds.append(time.perf_counter() - start)
+            found.append(min(seconds))
+            call(address)
+
+        return run
+
+    def plan(*arguments: Any) -> Any:
+        made = make(*arguments)
+        return made and made._replace(
+            call=timed(made.call, ctypes.sizeof(made.forward)),
+            call_backward=timed(made.call_backward, ctypes.sizeof(made.backward)),
+        )
+
+    make = one_call.plan
+    with mock.patch.object(one_call, "plan", plan):
+        step()
+    return sum(found) or None
 
 
 def _seconds(step: Step, device: str) -> float:

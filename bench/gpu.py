@@ -94,11 +94,11 @@ def parts(out: Path) -> tuple[Part, ...]:
     return (
         Part("tests", 110, tests, "pytest"),
         suite("train_step", 80, "--suite=lam,tokenizer", "--op=train_step"),
-        suite("targets", 85, "--suite=targets"),
+        suite("targets", 75, "--suite=targets", "--op=nearest_code,vector_quantize"),
         alone("tune", 35, "--tune"),
         suite("nearest_code", 55, "--suite=lam,tokenizer", "--op=nearest_code"),
         suite("vector_quantize", 35, "--suite=lam,tokenizer", "--op=vector_quantize,code_statistics"),
-        suite("covariance", 25, "--suite=moments"),
+        suite("covariance", 35, "--suite=targets,moments", "--op=covariance"),
         suite("memory", 20, "--suite=memory"),
         alone("compat", 15, "--compat"),
         alone("lapa", 35, "--profile=lapa", "--seconds=0.3"),

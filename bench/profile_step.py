@@ -160,7 +160,13 @@ class Harness:
             torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
 
 
-def profile(project: str, device: str, seconds: float, sizes: Sizes | None = None) -> Profile:
+def profile(
+    project: str,
+    device: str,
+    seconds: float,
+    sizes: Sizes | None = None,
+    keep: Callable[[Profile], object] = lambda found: None,
+) -> Profile:
     """Times the step of a project and its parts, for about ``seconds`` each.
 
     Args:
@@ -168,26 +174,35 @@ def profile(project: str, device: str, seconds: float, sizes: Sizes | None = Non
         device: "cpu", where sizes are reduced, or "cuda", where the precision is bf16 autocast.
         seconds: of sampling in each form and part; at least one call is timed.
         sizes: others than the project's.
+        keep: is called with what there is, whenever there is more: the rest may be interrupted.
     """
     full = SIZES[project]
     sizes = sizes or replace(full, **(ON_CPU[project] if device == "cpu" else {}))
     bottlenecks: list[Bottleneck] = ["stock", "fused", "module"] if project == "lapa" else ["stock", "fused"]
-    steps = [step for one in bottlenecks for step in _steps(project, sizes, one, device, seconds)]
-    whole = next(step.ms for step in steps if step.ms is not None)
     precision = "bf16 autocast" if device == "cuda" else "fp32"
     reduced = {name: value for name, value in vars(sizes).items() if value != vars(full)[name]}
-    return Profile(project, sizes, reduced, precision, steps, _parts(project, sizes, device, seconds, whole))
+    found = Profile(project, sizes, reduced, precision, [], [])
+    for bottleneck in bottlenecks:
+        for step in _steps(project, sizes, bottleneck, device, seconds):
+            found.steps.append(step)
+            keep(found)
+    whole = next(step.ms for step in found.steps if step.ms is not None)
+    found.parts.extend(_parts(project, sizes, device, seconds, whole))
+    keep(found)
+    return found
 
 
-def with_compiled(found: Profile, device: str, seconds: float) -> Profile:
+def with_compiled(
+    found: Profile, device: str, seconds: float, keep: Callable[[Profile], object] = lambda found: None
+) -> Profile:
     """The profile with the step in compiled form, stock and fused: last, because a compiler takes its time."""
-    steps = list(found.steps)
     for bottleneck in ("stock", "fused"):
         harness = Harness(found.project, found.sizes, bottleneck, device)
         harness.compile()
-        steps.append(_attempt(Step(bottleneck, "compiled"), harness, seconds))
+        found.steps.append(_attempt(Step(bottleneck, "compiled"), harness, seconds))
+        keep(found)
         torch._dynamo.reset()
-    return found._replace(steps=steps)
+    return found
 
 
 def _steps(project: str, sizes: Sizes, bottleneck: Bottleneck, device: str, seconds: float) -> Iterator[Step]:

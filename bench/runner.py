@@ -148,6 +148,16 @@ class _Contestant:
 def _time(
     workload: Workload, providers: Sequence[Provider], processes: dict[str, ProviderProcess], settings: Settings
 ) -> list[Row]:
+    """In turns, or where the memory does not hold the inputs of all and as much again, one after another."""
+    free = _free_memory(settings.device)
+    if free is None or 2 * len(providers) * workload.peak_bytes < free:
+        return _in_turns(workload, providers, processes, settings)
+    return [row for provider in providers for row in _in_turns(workload, [provider], processes, settings)]
+
+
+def _in_turns(
+    workload: Workload, providers: Sequence[Provider], processes: dict[str, ProviderProcess], settings: Settings
+) -> list[Row]:
     rows, contestants = [], []
     if settings.device == "cuda":  # their imports overlap, which on a CPU would disturb what tries its variants
         for provider in providers:

@@ -37,12 +37,13 @@ REGISTERS = 65536  # of a multiprocessor, for the sums that a program holds; and
 FALLBACK_SHARED = 48 * 1024  # of a target that is not listed
 KERNELS = {  # by rule, the kernels that run with its tile
     "resident": ("nearest_code_resident_kernel", "vector_quantize_fwd_kernel", "code_sums_kernel"),
+    "lookup": ("nearest_code_resident_kernel",),
     "streamed": ("nearest_code_streamed_kernel",),
     "segments": ("segment_sums_kernel",),
     "products": ("scatter_kernel",),
 }
 RULES = {
-    "nearest_code": ("resident", "streamed"),
+    "nearest_code": ("lookup", "resident", "streamed"),
     "vector_quantize": ("resident",),
     "code_statistics": ("segments",),
     "covariance": ("products",),
@@ -178,12 +179,13 @@ def candidates(rule: str, target: str, given: Tile, itemsize: int) -> list[Tile]
 
 def _variants(rule: str, given: Tile) -> Iterator[Tile]:
     warps, stages = (4, 8), (1, 2, 3, 4)
-    if rule == "resident":  # its codes and entries are the codebook's
-        for rows, w, s in product((16, 32, 64, 128), warps, (1, 2)):
+    if rule in ("resident", "lookup"):  # its codes and entries are the codebook's
+        for rows, w, s in product((16, 32, 64, 128, 256), warps, (1, 2)):
             yield given._replace(rows=rows, warps=w, stages=s)
     elif rule == "streamed":
-        for rows, codes, dim, w, s in product((64, 128, 256), (64, 128, 256), (32, 64, 128), warps, stages):
-            yield given._replace(rows=rows, codes=codes, dim=dim, warps=w, stages=s)
+        for rows, codes, dim, w, s in product((64, 128, 256), (64, 128, 256), (32, 64, 128, 256), warps, stages):
+            for registers in {given.registers, given.registers and tuning.REGISTERS}:
+                yield given._replace(rows=rows, codes=codes, dim=dim, warps=w, stages=s, registers=registers)
     elif rule == "segments":  # a slot for each row
         for rows, dim, w, s in product((32, 64, 128), (16, 32, 64), warps, (1, 2)):
             yield given._replace(rows=rows, codes=rows, dim=dim, warps=w, stages=s)
@@ -199,6 +201,7 @@ def _may_fit(rule: str, tile: Tile, itemsize: int, limit: int, wide: bool) -> bo
     threads = tile.warps * (64 if wide else 32)
     held, staged = {  # fp32 sums in registers, and entries that pass through shared memory in each stage
         "resident": (tile.rows * tile.codes + tile.codes * tile.dim, tile.rows * tile.dim),
+        "lookup": (tile.rows * tile.codes, tile.rows * tile.dim),
         "streamed": (tile.rows * tile.codes, (tile.rows + tile.codes) * tile.dim),
         "segments": (tile.rows * tile.dim, tile.rows * tile.dim),
         "products": (tile.dim * tile.dim, 2 * tile.rows * tile.dim),

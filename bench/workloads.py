@@ -181,7 +181,7 @@ WORKLOADS: tuple[Workload, ...] = (
     *(Workload("tokenizer", op, *shape) for op in CODE_OPS[1:] for shape in STEP_SHAPES),
     *(Workload("targets", "nearest_code", n, k, d, dtype, GPU) for n, k, d, dtype in GPU_LOOKUPS),
     Workload("targets", "vector_quantize", 1048576, 16, 128, devices=GPU),
-    *(Workload("targets", "covariance", 1000000, 0, dim, devices=GPU) for dim in (64, 2048)),
+    *(Workload("targets", "covariance", n, 0, d, devices=GPU) for n, d in ((1000000, 64), (5000000, 2048))),
     *(Workload("moments", "covariance", n, lag, d) for n, d in MOMENT_SHAPES for lag in (0, 1)),
     *(Workload("memory", op, 262144, 8192, 32, measure="memory") for op in ("nearest_code", "vector_quantize")),
 )

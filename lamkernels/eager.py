@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,26 @@ with torch.inference_mode():
     ORDINARY = {torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
 with torch.inference_mode(False):
     ORDINARY.add(torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
+
+
+def in_shape(fresh: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor that nobody else holds, in another shape.
+
+    Not as a view, which ``reshape`` makes: FSDP2 warns of views that a module returns, and autograd follows what is
+    written into one to what it is a view of.
+    """
+    if not fresh.is_contiguous():
+        return fresh.reshape(shape)
+    reshaped: Tensor = torch.ops.aten._unsafe_view(fresh, shape)
+    return reshaped
+
+
+# Asked for before every small call, so looked up once.
+_compiling = torch.compiler.is_compiling
+_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transform, _tracing, _keys = (
+    torch._C._functorch.maybe_current_level, torch._C._get_tracing_state, torch._C._dispatch_keys,
+)  # fmt: skip
 
 
 @functools.cache
@@ -33,16 +54,11 @@ def is_plain(*tensors: object, device: str = "cpu") -> bool:
     or traced code, under a mode (a default device is one), a function transform or forward-mode differentiation, and
     for tensors whose values are not what lies in their memory. With ``device="cuda"``, the same of tensors on GPUs.
     """
-    if torch.compiler.is_compiling():  # first: what follows is not for the compiler to read
+    if _compiling():  # first: what follows is not for the compiler to read
         return False
-    watched = (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
-    if watched:
+    if _modes() or _function_modes() or forward_ad._current_level >= 0:
+        return False
+    if _transform() is not None or _tracing() is not None:
         return False
     ordinary = ORDINARY if device == "cpu" else _ordinary_on_gpus()
     for tensor in tensors:
@@ -50,6 +66,6 @@ def is_plain(*tensors: object, device: str = "cpu") -> bool:
         if kind is not Tensor and kind is not Parameter:
             return False
         assert isinstance(tensor, Tensor)
-        if torch._C._dispatch_keys(tensor).raw_repr() not in ordinary:
+        if _keys(tensor).raw_repr() not in ordinary:
             return False
     return True

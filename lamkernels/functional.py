@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamkernels.backend import load_kernel
-from lamkernels.eager import is_plain
+from lamkernels.eager import in_shape, is_plain
 from lamkernels.one_call import numba_one_call, plan_one_call, rows_in_groups
 from lamkernels.ops.code_statistics.op import code_statistics as _code_statistics
 from lamkernels.ops.cosine import unit_rows
@@ -218,7 +218,7 @@ def vector_quantize(
     if score != metric and x.dtype != torch.float64:  # an exact cosine was computed in fp64
         commitment, codebook_loss, sums = (t.float() for t in (commitment, codebook_loss, sums))
     return VQOutput(
-        quantized.reshape(x.shape).to(x.dtype), indices.reshape(leading), commitment, codebook_loss, counts, sums
+        in_shape(quantized, x.shape).to(x.dtype), indices.reshape(leading), commitment, codebook_loss, counts, sums
     )
 
 
@@ -255,7 +255,7 @@ def quantize_with_loss(
     out = vector_quantize(rows, codebook, gradient=gradient, metric=metric, precision=precision, backend=backend)
     weighted = out.commitment_loss if commitment_weight == 1 else commitment_weight * out.commitment_loss
     loss = torch.add(weighted, out.codebook_loss, alpha=codebook_weight)
-    return out.quantized.reshape(x.shape), out.indices.clamp(min=0), loss
+    return in_shape(out.quantized, x.shape), out.indices.clamp(min=0), loss
 
 
 def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from lamkernels.eager import in_shape
 from lamkernels.ops.codebook_entropy.op import codebook_entropy as _codebook_entropy
 from lamkernels.ops.finite_scalar_quantize.levels import bound, strides
 from lamkernels.ops.finite_scalar_quantize.op import finite_scalar_quantize as _finite_scalar_quantize
@@ -111,7 +112,7 @@ def lookup_free_quantize(
     )
     entropy = _codebook_entropy(rows, indices, logit_scale, backend)[0].squeeze(0) if codebook_entropy else None
     return LFQOutput(
-        quantized.reshape(x.shape),
+        in_shape(quantized, x.shape),
         indices.reshape(x.shape[:-1]),
         commitment.squeeze(0),
         sample_entropy.squeeze(0),
@@ -194,7 +195,7 @@ def finite_scalar_quantize(
     if x.shape[-1] != len(counts):
         raise ValueError(f"x has rows of {x.shape[-1]} entries and there are {len(counts)} levels; they must be equal")
     quantized, indices = _finite_scalar_quantize(x.reshape(1, -1, len(counts)), counts, symmetric, backend)
-    return quantized.reshape(x.shape), indices.reshape(x.shape[:-1])
+    return in_shape(quantized, x.shape), indices.reshape(x.shape[:-1])
 
 
 def finite_scalar_codes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -25,14 +26,15 @@ class OneCall(NamedTuple):
 
 def plan_one_call(
     x: Tensor, codebook: Tensor, gradient: str, metric: str, precision: str, backend: Backend,
-    averaging: tuple[float, float] | None = None, whole_rows: bool = False,
+    averaging: tuple[float, float] | None = None, whole_rows: bool = False, others: Sequence[Tensor] = (),
 ) -> OneCall | None:  # fmt: skip
     """A plan of :mod:`lamkernels.ops.vector_quantize.numba_one_call`, whose arguments these are, or None.
 
     With ``whole_rows`` x may have any shape of whole rows, if it is contiguous; its indices are (N,). None in compiled
-    code, under transforms, for other backends, and for arguments that do not fit.
+    code, under transforms, for other backends, and for arguments that do not fit, or ``others`` that a kernel cannot
+    read.
     """
-    if not is_plain(x, codebook) or not codebook.is_contiguous() or resolve(backend, "cpu") != "numba":
+    if not is_plain(x, codebook, *others) or not codebook.is_contiguous() or resolve(backend, "cpu") != "numba":
         return None
     if codebook.ndim not in (2, 3) or x.ndim < codebook.ndim - 1:
         return None

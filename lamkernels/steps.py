@@ -12,32 +12,56 @@ from torch.nn import functional as F
 
 from lamkernels.backend import resolve
 from lamkernels.eager import is_plain
-from lamkernels.functional import nearest_code, vector_quantize
+from lamkernels.functional import lookup, nearest_code, vector_quantize
 from lamkernels.one_call import numba_steps, plan_one_call
 
 
-def noise_step(x: Tensor, codebook: Tensor, noise: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise substitution (NSVQ), as :func:`lamkernels.functional.vector_quantize` does it.
+def noise_step(
+    last: Tensor, first: Tensor, codebook: Tensor, noise: Tensor, used: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise substitution (NSVQ) of last − first, as :func:`lamkernels.functional.vector_quantize` does it.
 
     Args:
-        x: (N, D).
-        codebook: (K, D) in the dtype of x.
+        last: (N, D).
+        first: (N, D) in its dtype.
+        codebook: (K, D).
         noise: (N, D).
         used: (K,) int32; 1 is added for each code that a row has chosen.
 
     Returns:
         quantized (N, D), indices (N,) int64, 0 for a row that is not finite, and the perplexity () of the codes.
     """
-    planned = None
-    fits = is_plain(noise, used) and noise.shape == x.shape and noise.dtype == x.dtype and noise.is_contiguous()
-    if fits and _counts(used, codebook, torch.int32):
-        planned = plan_one_call(x, codebook, "noise", "l2", "default", "auto")
+    planned, others = None, (first, noise, used)
+    fits = all(t.shape == last.shape and t.dtype == last.dtype and t.is_contiguous() for t in (last, first, noise))
+    if fits and last.dtype == codebook.dtype and _counts(used, codebook, torch.int32):
+        planned = plan_one_call(last, codebook, "noise", "l2", "default", "auto", others=others)
     if planned is not None:
-        step: tuple[Tensor, Tensor, Tensor] = numba_steps().noise_step(x, codebook, *planned, noise.detach(), used)
+        step: tuple[Tensor, Tensor, Tensor] = numba_steps().noise_step(last, codebook, first, planned.plan, noise, used)
         return step
+    x = last - first
+    if x.dtype != codebook.dtype:  # under autocast: the difference is rounded, and quantised in the dtype of the codes
+        x = x.to(codebook.dtype)
     out = vector_quantize(x, codebook, gradient="noise", noise=noise)
-    used.add_(out.counts > 0)
-    return out.quantized, out.indices.clamp(min=0), torch.special.entr(out.counts / x.shape[0]).sum().exp()
+    return out.quantized, out.indices.clamp(min=0), _measure_use(out.counts, x.shape[0], used)
+
+
+def code_step(x: Tensor, codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`noise_step` returns, with the codes themselves as ``quantized``: only the codebook learns by them.
+
+    Args:
+        x: (N, D).
+        codebook: (K, D).
+        used: (K,) int32; 1 is added for each code that a row has chosen.
+    """
+    out = vector_quantize(x.detach().to(codebook.dtype), codebook.detach(), gradient="none")
+    return lookup(out.indices, codebook), out.indices.clamp(min=0), _measure_use(out.counts, len(x), used)
+
+
+def _measure_use(counts: Tensor, rows: int, used: Tensor) -> Tensor:
+    """Adds the codes that ``counts`` (K,) has to ``used`` (K,), and returns the perplexity ()."""
+    used.add_(counts > 0)
+    perplexity: Tensor = torch.special.entr(counts / rows).sum().exp()
+    return perplexity
 
 
 def gradient_step(x: Tensor, codebook: Tensor, usage: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,9 +78,9 @@ def gradient_step(x: Tensor, codebook: Tensor, usage: Tensor | None) -> tuple[Te
         finite.
     """
     planned = None
-    counts = usage is None or (is_plain(usage) and _counts(usage, codebook, codebook.dtype))
-    if counts and x.dtype == codebook.dtype:
-        planned = plan_one_call(x, codebook, "ste", "l2", "default", "auto")
+    others = () if usage is None else (usage,)
+    if x.dtype == codebook.dtype and (usage is None or _counts(usage, codebook, codebook.dtype)):
+        planned = plan_one_call(x, codebook, "ste", "l2", "default", "auto", others=others)
     if planned is not None:
         step: tuple[Tensor, Tensor, Tensor] = numba_steps().gradient_step(x, codebook, *planned, usage)
         return step

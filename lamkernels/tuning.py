@@ -20,6 +20,8 @@ RESIDENT_ENTRIES_ELSEWHERE = 2048
 # Rows whose length is not a multiple of this are loaded entry by entry, with an address in registers for each.
 ALIGNED = 16
 REGISTERS = 255
+SCORES = 16384  # that eight warps hold at a time
+OF_TWO_PROGRAMS = 128  # registers of a thread, where two programs of eight warps share a multiprocessor
 SMALL_BATCH = 4096  # rows below which more, smaller programs fill the device better
 
 
@@ -91,6 +93,16 @@ def resident(target: str, num_rows: int, num_codes: int, dim: int) -> Tile | Non
     return Tile(64, codes, entries, warps, 1, registers(target))
 
 
+def lookup(target: str, num_rows: int, num_codes: int, dim: int, native: bool) -> Tile | None:
+    """The tile of a lookup in a resident codebook; it holds no sums, so products of halves take whole warpgroups."""
+    tile = resident(target, num_rows, num_codes, dim)
+    if tile is None or target != "sm_90" or not native or num_rows <= SMALL_BATCH or dim % ALIGNED:
+        return tile
+    rows = min(128 if tile.dim > 32 else 256, SCORES // tile.codes)
+    given = Tile(rows, tile.codes, tile.dim, 8, 1, registers(target)) if rows >= 64 else tile
+    return MEASURED.get(("lookup", target, tile.codes, tile.dim), given)
+
+
 def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype, apart: bool = False) -> Tile:
     """The tile of the lookup that streams tiles of codes past a tile of rows; ``apart``: whose entries lie apart."""
     half = dtype in (torch.float16, torch.bfloat16)
@@ -104,6 +116,11 @@ def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype, apart: b
         return Tile(128, 64, 64, 4, 1) if half else Tile(64, 64, 32, 4, 1)
     if scattered and (half or target != "sm_90"):
         return Tile(64, 64, 64, 8, 2, REGISTERS) if half else Tile(32, 64, 32, 8, 2, REGISTERS)
+    if half and target == "sm_90" and not scattered and power(dim) <= 256:
+        # whole rows: they stay in shared memory, and only codes are streamed. Up to 128 entries two programs fit a
+        # multiprocessor, so that the minimum of one is found while the other multiplies.
+        entries = power(dim)
+        return Tile(128, 128, entries, 8, 2, OF_TWO_PROGRAMS if entries <= 128 else REGISTERS)
     return Tile(128, 128, 64, 8, 3, REGISTERS) if half else Tile(64, 64, 32, 4, 2, REGISTERS)
 
 

@@ -27,15 +27,17 @@ def outputs(x: Tensor, codebook: Tensor, metric: str, gradient: str, backend: st
     out = lk.vector_quantize(x, codebook, mask=mask, noise=noise, metric=metric, gradient=gradient, backend=backend)  # type: ignore[arg-type]
     loss = out.quantized.float().square().sum() + 3 * out.commitment_loss + out.codebook_loss
     lookup = lk.nearest_code(x, codebook, metric=metric, return_distance=True, backend=backend)  # type: ignore[call-overload]
-    statistics = lk.code_statistics(x, out.indices, K, backend=backend)  # type: ignore[arg-type]
+    statistics = lk.code_statistics(x, out.indices, codebook.shape[-2], backend=backend)  # type: ignore[arg-type]
     return (*out, *torch.autograd.grad(loss, (x, codebook)), *lookup, *statistics)
 
 
-def assert_read_in_place(name: str, metric: str, gradient: str, backend: str, dtype: torch.dtype, device: str) -> None:
+def assert_read_in_place(
+    name: str, metric: str, gradient: str, backend: str, dtype: torch.dtype, device: str, codes: int = K
+) -> None:
     """The results are those of a contiguous copy: to the bit, except where torch's own sums follow the strides."""
     torch.manual_seed(0)
     x = LAYOUTS[name](dtype).to(device)
-    codebook = torch.randn(*x.shape[: x.ndim == 4 and name == "LAPO"], K, D, device=device).to(dtype)
+    codebook = torch.randn(*x.shape[: x.ndim == 4 and name == "LAPO"], codes, D, device=device).to(dtype)
     pairs = zip(
         outputs(x, codebook, metric, gradient, backend),
         outputs(x.contiguous(), codebook, metric, gradient, backend),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from videos import write_video
 
 from lamkernels.cli import main
 from lamkernels.lam.files import load_tensors
@@ -47,6 +48,12 @@ def pairs(paths: list[Path]) -> tuple[torch.Tensor, ...]:
     return torch.tensor(np.array(o)), torch.tensor(np.array(o_next)), one_hot.float()
 
 
+def left_of(target: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """What a regression on ``given`` and a constant leaves."""
+    known = torch.cat([given, torch.ones(len(given), 1).to(given)], 1)
+    return target - known @ torch.linalg.lstsq(known, target, driver="gelsd").solution
+
+
 def config(*paths: Path, **options: object) -> FitConfig:
     return FitConfig(tuple(map(str, paths)), 2, num_actions=4, **options)  # type: ignore[arg-type]
 
@@ -63,6 +70,9 @@ def test_the_fit_is_that_of_the_pairs(tmp_path):
     torch.testing.assert_close(found.eigenvalues, expected.eigenvalues * n, rtol=1e-5, atol=1e-12)
     torch.testing.assert_close(found.encode(o, o_next) * n**0.5, expected.encode(o, o_next), rtol=1e-3, atol=1e-4)
     assert results["actions"]["recovery"] > 0.9 and results["actions"]["held_out"] > 0.9
+    z, played = (left_of(t.double(), o.double()) for t in (found.encode(o, o_next), a))
+    unexplained = left_of(z, played).square().sum() / z.square().sum()  # of z by the action, given o
+    assert results["actions"]["unexplained_latent"] == pytest.approx(float(unexplained), abs=1e-3)
     assert results["loss"]["held_out"] == pytest.approx(results["loss"]["fit"], rel=0.3)
     optimal = results["loss"]["optimal"] * (1 - 1e-12)  # two sums that may round apart where the fit is the optimum
     assert optimal <= results["loss"]["fit"] < results["loss"]["without_latent"]
@@ -167,3 +177,12 @@ def test_frames_get_a_picture_of_each_dimension(tmp_path):
     results = fit(FitConfig((str(tmp_path / "frames.npz"),), 3, side=4), tmp_path / "out")
     assert (tmp_path / "out" / "effects.png").read_bytes()[:4] == b"\x89PNG"
     assert results["actions"] is None
+
+
+def test_a_video_is_fitted(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (300, 16, 16, 3), np.uint8)
+    write_video(tmp_path / "a.mp4", frames)
+    results = fit(FitConfig((str(tmp_path / "a.mp4"),), 3, side=8), tmp_path / "out")
+    assert results["pairs"]["fitted"] == 255 + 43  # two segments of 256 frames and 44
+    assert 0 < results["loss"]["fit"] < results["loss"]["without_latent"]
+    assert (tmp_path / "out" / "effects.png").read_bytes()[:4] == b"\x89PNG"

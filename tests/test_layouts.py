@@ -43,3 +43,7 @@ def test_compiled_code_reads_groups_too():
     compiled = torch.compile(quantize, fullgraph=True, dynamic=True)
     for rows in (x, LAYOUTS["channels first"](torch.float32)[:2], x.contiguous()):
         assert torch.equal(compiled(rows), quantize(rows))
+
+
+def test_a_large_codebook_sums_rows_where_they_lie():
+    assert_read_in_place("LAPO", "l2", "ste", "numba", torch.float32, "cpu", codes=20000)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 import lamkernels as lk
 from lamkernels.nn.dead_codes import own_candidates, uniform
@@ -336,3 +337,22 @@ def test_the_rows_for_dead_codes_are_the_same_compiled():
     step, rows = torch.tensor(2**33 + 3), torch.randn(256, 8).double()
     for eager, compiled in zip(draw(step, rows), torch.compile(draw)(step, rows), strict=True):
         assert torch.equal(eager, compiled)
+
+
+@pytest.mark.parametrize(("rows", "codes", "dim"), [(256, 8, 32), (1024, 64, 16)])
+def test_a_small_step_allocates_its_outputs_alone(rows, codes, dim):
+    module, x = lk.VectorQuantize(dim, codes), torch.randn(rows, dim, requires_grad=True)
+
+    def step():
+        quantized, indices, loss = module(x)
+        (grad,) = torch.autograd.grad((quantized, loss), x, (torch.ones_like(quantized), torch.ones_like(loss)))
+        return quantized, indices, loss, grad
+
+    step()  # compiled, planned, with scratch memory
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        results = step()
+    made = [e.self_cpu_memory_usage for e in trace.events() if e.self_cpu_memory_usage > 0]
+    quantized, _, loss, _ = results
+    assert sum(made) == sum(
+        t.nbytes for t in (*results, quantized, loss)
+    )  # two more that the test gives

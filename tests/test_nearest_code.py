@@ -134,8 +134,10 @@ def test_offsets_past_2_to_the_31():
     assert torch.equal(indices, lk.nearest_code(x.contiguous(), codebook, backend="reference"))
 
 
-def test_two_runs_and_any_number_of_threads_give_the_same_bits():
-    x, codebook = torch.randn(20000, 32), torch.randn(100, 32)
+@pytest.mark.parametrize("shape", [(20000, 100, 32), (9000, 5000, 8)], ids=str)  # sums by chunk, and by code
+def test_two_runs_and_any_number_of_threads_give_the_same_bits(shape):
+    rows, codes, dim = shape
+    x, codebook = torch.randn(rows, dim), torch.randn(codes, dim)
     threads = torch.get_num_threads()
     results = []
     try:

@@ -33,6 +33,21 @@ def test_every_task_runs_once_on_any_number_of_threads(monkeypatch):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_as_many_threads_as_torch_has(monkeypatch, threads):
+    x, codebook = large()
+    used, before = [], torch.get_num_threads()
+    run = parallel._gomp_parallel()
+    monkeypatch.setattr(parallel, "_gomp_parallel", lambda: lambda *args: (used.append(args[2]), run(*args)))
+    try:
+        for count in (threads, 1):
+            torch.set_num_threads(count)
+            lk.vector_quantize(x, codebook, backend="numba")
+    finally:
+        torch.set_num_threads(before)
+    assert used == [threads]  # with one thread OpenMP is not asked
+
+
 def test_concurrent_python_threads_beside_torch():
     x, codebook = large()
     expected = lk.nearest_code(x, codebook, backend="numba")

@@ -104,7 +104,7 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
     **{f"lookup {k} x {d}": functools.partial(lookup, k, d, SINGLE) for k, d in (
         (8, 32), (64, 64), (16, 128), (64, 128), (512, 16), (1024, 32), (8192, 256))},
     **{f"lookup {k} x {d}, bf16": functools.partial(lookup, k, d, HALF) for k, d in (
-        (8, 16), (64, 64), (256, 32), (64, 128), (1024, 64))},
+        (8, 16), (64, 16), (64, 64), (256, 16), (512, 16), (256, 32), (64, 128), (1024, 16), (1024, 64), (1024, 128))},
     **{f"statistics {k} x {d}": functools.partial(count, k, d, SINGLE) for k, d in (
         (8, 32), (64, 64), (128, 16), (64, 128), (512, 16), (1024, 64), (8192, 300))},
     # rows whose length is no multiple of 16 are loaded entry by entry, and every entry has its address in registers
@@ -125,10 +125,12 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
     "quantise 1024 x 64": lambda: quantise(1024, 64, SINGLE),
     "quantise 1024 x 300, bf16": lambda: quantise(1024, 300, HALF),
     "quantise, fp64": lambda: quantise(64, 64, DOUBLE),
+    "finite scalar 8 5 5 5, bf16": lambda: scalars([8, 5, 5, 5], HALF),
     "finite scalar 62 columns": lambda: scalars([2] * 62, SINGLE),
     "finite scalar 1000 levels, bf16": lambda: scalars([1000], HALF),
     "finite scalar, fp64": lambda: scalars([8, 8, 6, 5], DOUBLE),
-    "lookup-free 1": lambda: lookup_free(1, SINGLE),
+    **{f"lookup-free {d}": functools.partial(lookup_free, d, SINGLE) for d in (1, 10, 16)},
+    "lookup-free 16, bf16": lambda: lookup_free(16, HALF),
     "lookup-free 62": lambda: lookup_free(62, SINGLE),
     "lookup-free 10, bf16": lambda: lookup_free(10, HALF),
     "lookup-free 62, fp64": lambda: lookup_free(62, DOUBLE),
@@ -155,6 +157,7 @@ def test_no_spills_and_the_shared_memory_fits(case: str, target: str) -> None:
 
 
 WIDE_LOAD, WIDE_STORE = r"LDG\.E\.128", r"STG\.E\.128"
+SINGLE_LOAD, SINGLE_STORE = r"LDG\.E(?:\.CONSTANT)? ", r"STG\.E "  # of four bytes
 ASYNC_LOAD = r"LDGSTS\.E\.BYPASS\.128"  # cp.async of 16 bytes, past L1
 TENSOR = r"\bH(?:G)?MMA\."
 MACHINE_CODE = {  # on sm_90, by case and kernel: what has to be in it, and what must not
@@ -168,7 +171,14 @@ MACHINE_CODE = {  # on sm_90, by case and kernel: what has to be in it, and what
     ("lookup 1024 x 64", "nearest_code_streamed_kernel"): ([r"HGMMA\.64x64x8\.F32\.TF32", ASYNC_LOAD], [r"\bHMMA\."]),
     ("lookup 8192 x 256, bf16", "nearest_code_streamed_kernel"): (
         [r"HGMMA\.64x128x16\.F32\.BF16", ASYNC_LOAD], [r"\bHMMA\.", r"TF32"]),
+    ("lookup 64 x 64, bf16", "nearest_code_resident_kernel"): (
+        [r"HGMMA\.64x\d+x16\.F32\.BF16", WIDE_LOAD], [r"\bHMMA\."]),
     ("moments 64", "scatter_kernel"): ([r"HGMMA\.64x64x8\.F32\.TF32", ASYNC_LOAD, WIDE_STORE], [r"\bHMMA\."]),
+    **{("finite scalar 8 5 5 5" + t, f"finite_scalar_quantize_{p}_kernel"): (
+        [WIDE_LOAD, WIDE_STORE], [SINGLE_LOAD, SINGLE_STORE]) for t in ("", ", bf16") for p in ("fwd", "bwd")},
+    **{("lookup-free 16" + t, f"lookup_free_{p}_kernel"): ([WIDE_LOAD, WIDE_STORE], [SINGLE_STORE])
+       for t in ("", ", bf16") for p in ("fwd", "bwd")},
+    ("lookup-free 18", "lookup_free_fwd_kernel"): ([r"LDG\.E\.64", r"STG\.E\.64"], [SINGLE_LOAD, SINGLE_STORE]),
     ("lookup exact", "nearest_code_exact_kernel"): ([r"\bDFMA\b"], [TENSOR]),  # fp64, term by term
 }  # fmt: skip
 
@@ -183,5 +193,13 @@ def test_the_machine_code_has_matrix_products_and_wide_loads() -> None:
         assert not missing and not found, f"{kernel} of {case}: lacks {missing}, has {found}"
 
 
+@pytest.mark.skipif(disassembler("cuobjdump") is None, reason="cuobjdump comes with Triton or a CUDA toolkit")
+def test_two_programs_of_a_streamed_lookup_share_a_multiprocessor() -> None:
+    (launch,) = (one for one in record("sm_90", LONG["lookup 1024 x 64, bf16"]) if "streamed" in one.kernel.__name__)
+    taken = use(build(launch, "sm_90"))
+    assert 2 * taken.registers * 32 * dict(launch.options)["num_warps"] <= 2**16 and 2 * taken.shared <= SHARED["sm_90"]
+
+
 def test_training_takes_three_launches() -> None:
     assert len(record("sm_90", lambda: quantise(64, 16, SINGLE, 1024))) == 3
+    assert len(record("sm_90", lambda: grouped(2, 64, 16, (64, 128, 1, 4)))) == 3  # of two codebooks too

@@ -182,6 +182,11 @@ def test_a_sharded_codebook_is_rewritten_between_forwards_only(runs):
             assert torch.equal(found[name], results[0]["sharded"][name])
 
 
+def test_swapped_bottlenecks_that_are_sharded_return_no_views(runs):
+    _, results = runs
+    assert [result["said"] for result in results] == [[]] * len(results)
+
+
 def test_a_checkpoint_that_rank_0_read_and_ddp_broadcast(runs):
     _, results = runs
     for result in results:

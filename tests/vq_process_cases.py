@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
+from lamkernels.bench.stock import moto, tinyworlds
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -186,6 +188,18 @@ def fsdp_gradient(rank=None, world=1):
     }
 
 
+def sharded_bottlenecks(rank):
+    """What torch says of bottlenecks that were swapped and are sharded themselves, in a forward."""
+    x = smooth(0, rank).view(3, 2, ROWS // 6, DIM).requires_grad_()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for bottleneck in (moto.VectorQuantizer2(CODES, DIM, 0.25), tinyworlds.FiniteScalarQuantizer(DIM, 2)):
+            assert lk.compat.swap(bottleneck).swapped
+            out = fully_shard(bottleneck)(x)
+            (out if isinstance(out, torch.Tensor) else out[0]).sum().backward()
+    return [str(warning.message) for warning in said]
+
+
 def idle(rank, world=None):
     """Rank 1 has no micro-batch at all; of one process, the batches of the others of ``world``."""
     torch.manual_seed(8)
@@ -256,6 +270,7 @@ def work(rank, world, folder):
     for name, options in ACCUMULATED.items():
         result[f"manual {name}"] = accumulate(smooth, rank, **options)
     result["sharded"] = fsdp_gradient(rank)
+    result["said"] = sharded_bottlenecks(rank)
 
     result["idle"] = idle(rank)
     result["compiled"] = compiled(rank)

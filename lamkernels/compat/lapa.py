@@ -33,7 +33,7 @@ from lamkernels.compat.base import Compat
 from lamkernels.compat.structure import difference
 from lamkernels.functional import lookup, nearest_code
 from lamkernels.ops.constants import NOISE_EPS
-from lamkernels.steps import noise_step
+from lamkernels.steps import code_step, noise_step
 
 logger = logging.getLogger(__name__)
 
@@ -144,19 +144,16 @@ class NSVQ(Compat):
             indices (b, n) int64.
         """
         batch = input_data_first.shape[0]
-        first = self.encode(input_data_first, batch)
-        rows = self.encode(input_data_last, batch) - first
-        codebook = self.codebooks
-        if rows.dtype != codebook.dtype:  # under autocast: upstream quantises in the dtype of the codebook
-            rows = rows.to(codebook.dtype)
+        first, last = self.encode(input_data_first, batch), self.encode(input_data_last, batch)
         if noise is None:
-            noise = self._draw(rows)
+            noise = self._draw(last)
         used = self.codebooks_used
-        if used.device != rows.device:  # it stays behind where the module moves
-            self.codebooks_used = used = used.to(rows.device)
-        quantized, indices, perplexity = noise_step(rows, codebook, noise, used)
+        if used.device != last.device:  # it stays behind where the module moves
+            self.codebooks_used = used = used.to(last.device)
         if codebook_training_only:
-            quantized = lookup(nearest_code(rows, codebook), codebook)
+            quantized, indices, perplexity = code_step(last - first, self.codebooks, used)
+        else:
+            quantized, indices, perplexity = noise_step(last, first, self.codebooks, noise, used)
         counted = used.cpu().numpy() if self.numpy_usage else used
         return self.decode(quantized, batch), perplexity, counted, indices.reshape(batch, -1)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
 from torch import Tensor, nn
 
 from lamkernels.compat.vector_quantizer2 import VectorQuantizer2Family, check_for_gumbel
+from lamkernels.eager import in_shape
 from lamkernels.functional import nearest_code
 
 
@@ -65,11 +67,11 @@ class VectorQuantizer2(VectorQuantizer2Family):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantises z."""
         check_for_gumbel(temp, rescale_logits, return_logits)
-        z = self._as_computed(z)
+        z, weight = self._as_computed(z)
         closest = self.remap is not None and self.unknown_index == "closest"
-        z_q, loss, indices = self._quantize_among_used(z) if closest else self._quantize(z)
+        z_q, loss, indices = self._quantize_among_used(z) if closest else self._quantize(z, weight)
         if z_q.ndim != 3:
-            z_q = z_q.reshape(z.shape[0], -1, z.shape[-1])
+            z_q = in_shape(z_q, (z.shape[0], math.prod(z.shape[1:-1]), z.shape[-1]))
         if self.remap is not None and not closest:
             indices = self.remap_to_used(indices.reshape(z.shape[0], -1)).reshape(-1, 1)
         return z_q, indices.reshape(z_q.shape[:-1]) if self.sane_index_shape else indices, loss

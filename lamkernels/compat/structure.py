@@ -44,6 +44,15 @@ def difference(
     return None
 
 
+def beyond_lookup(table: nn.Embedding) -> str | None:
+    """What a table does beside looking up, which a fused lookup would pass by, in words; None without any."""
+    if table.padding_idx is not None or table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
+        return "has padding_idx, max_norm, scale_grad_by_freq or sparse set"
+    if table._forward_hooks or table._forward_pre_hooks or table._backward_hooks or table._backward_pre_hooks:
+        return "has forward hooks or backward hooks"
+    return None
+
+
 def _described(value: Any) -> str:
     return "missing" if value is None else f"of type {type(value).__name__}"
 

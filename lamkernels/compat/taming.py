@@ -54,7 +54,7 @@ class VectorQuantizer2(VectorQuantizer2Family):
         check_for_gumbel(temp, rescale_logits, return_logits)
         if z.ndim != 4 or z.shape[1] != self.e_dim:
             raise ValueError(f"z has shape {tuple(z.shape)}; it must be (b, {self.e_dim}, h, w)")
-        z_q, loss, indices = self._quantize(self._as_computed(z.movedim(1, -1)))
+        z_q, loss, indices = self._quantize(*self._as_computed(z.movedim(1, -1)))
         if self.remap is not None:
             indices = self.remap_to_used(indices.reshape(z.shape[0], -1)).reshape(-1, 1)
         if self.sane_index_shape:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lamkernels.compat.base import Compat
-from lamkernels.compat.structure import difference
+from lamkernels.compat.structure import beyond_lookup, difference
 from lamkernels.functional import nearest_code
 from lamkernels.steps import count_groups, gradient_step
 
@@ -66,17 +66,9 @@ class VectorQuantizer(Compat):
         return x + (z - x).detach(), z, x, indices
 
     def _is_as_made(self) -> bool:
-        """Whether nothing of the codebook and of this class is changed, which a lookup of its own would pass by."""
-        codebook = self.codebook
-        return (
-            type(codebook) is nn.Embedding
-            and codebook.padding_idx is None
-            and codebook.max_norm is None
-            and not (codebook.scale_grad_by_freq or codebook.sparse)
-            and not (codebook._forward_hooks or codebook._forward_pre_hooks)
-            and not (codebook._backward_hooks or codebook._backward_pre_hooks)
-            and type(self).update_usage is VectorQuantizer.update_usage
-        )
+        """Whether nothing of the codebook and of this class is changed, which a fused lookup would pass by."""
+        as_made: bool = type(self).update_usage is VectorQuantizer.update_usage
+        return as_made and type(self.codebook) is nn.Embedding and beyond_lookup(self.codebook) is None
 
     @torch.no_grad()
     def update_usage(self, min_enc: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lamkernels.compat.base import Compat
+from lamkernels.compat.structure import beyond_lookup, difference
 from lamkernels.functional import quantize_with_loss
 
 
@@ -90,18 +91,18 @@ class VectorQuantizer2Family(Compat):
             inds = inds.masked_fill(inds >= self.used.shape[0], 0)
         return self.used.to(inds).index_select(0, inds.flatten()).reshape(inds.shape)
 
-    def _as_computed(self, z: Tensor) -> Tensor:
-        """Half precision rows become those of an fp32 codebook, as in upstream's arithmetic, under autocast as well."""
-        dtype = self.embedding.weight.dtype
-        if z.dtype == dtype and z.shape[-1:] == (self.e_dim,):
-            return z
+    def _as_computed(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z and the codebook. Half precision rows become those of an fp32 codebook, as in upstream's arithmetic, under
+        autocast as well.
+        """
+        weight = self.embedding.weight  # asked for once: an attribute of a module takes its time
         if z.numel() % self.e_dim:
             raise ValueError(f"z has shape {tuple(z.shape)}; its entries must make rows of e_dim = {self.e_dim}")
-        return z if z.dtype == dtype else z.to(torch.promote_types(z.dtype, dtype))
+        return z if z.dtype == weight.dtype else z.to(torch.promote_types(z.dtype, weight.dtype)), weight
 
-    def _quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _quantize(self, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z as quantised rows in its shape, the weighted loss () and the indices (N,) int64."""
-        quantized, indices, loss = quantize_with_loss(z, self.embedding.weight, *self._weights, whole_rows=True)
+        quantized, indices, loss = quantize_with_loss(z, weight, *self._weights, whole_rows=True)
         return quantized, loss if loss.dtype == z.dtype else loss.to(z.dtype), indices
 
     @property
@@ -119,32 +120,35 @@ class VectorQuantizer2Family(Compat):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        embedding = getattr(module, "embedding", None)
-        if not isinstance(embedding, nn.Embedding):
-            return f"embedding is a {type(embedding).__name__}; it must be an nn.Embedding"
-        missing = [
-            name
-            for name in ("n_e", "e_dim", "beta", "legacy", "remap", "re_embed", "sane_index_shape")
-            if not hasattr(module, name)
-        ]
-        if missing:
-            return f"it has no {', '.join(missing)}"
-        size: Any = module.n_e, module.e_dim
-        if embedding.weight.shape != size or not embedding.weight.is_floating_point():
-            shape = tuple(embedding.weight.shape)
-            return f"embedding.weight is {embedding.weight.dtype} of {shape}; it must be floats of (n_e, e_dim)"
-        if embedding.sparse or embedding.max_norm is not None or embedding.scale_grad_by_freq:
-            return "embedding has sparse, max_norm or scale_grad_by_freq set, which the fused lookup does not follow"
-        if embedding.padding_idx is not None:
-            return "embedding has a padding_idx, which the fused lookup does not follow"
-        if embedding._forward_hooks or embedding._forward_pre_hooks:
-            return "embedding has forward hooks, which the fused lookup would not run"
-        if module.remap is not None:
-            unknown = getattr(module, "unknown_index", None)
-            if not isinstance(getattr(module, "used", None), Tensor):
-                return "remap is set and there is no buffer used"
-            if not isinstance(unknown, int) and unknown not in cls._unknown_indices():
-                return f"unknown_index is {unknown!r}; it must be one of {cls._unknown_indices()}, or an int"
+        if not hasattr(module, "remap"):
+            return "its remap is missing"
+        used = getattr(module, "used", None)
+        size = used.numel() if isinstance(used, Tensor) else 0
+        found = difference(
+            module,
+            attributes={
+                "embedding": nn.Embedding,
+                "n_e": int,
+                "e_dim": int,
+                "beta": (int, float, Tensor),
+                "legacy": bool,
+                "re_embed": int,
+                "sane_index_shape": bool,
+            },
+            children=("embedding",),
+            tensors={} if module.remap is None else {"used": (size,)},
+        )
+        if found is not None:
+            return found
+        embedding: Any = module.embedding
+        weight, beyond = embedding.weight, beyond_lookup(embedding)
+        if beyond is not None:
+            return f"its embedding {beyond}, which the fused lookup does not follow"
+        if weight.shape != (module.n_e, module.e_dim) or not weight.is_floating_point():
+            return f"embedding.weight is {weight.dtype} of {tuple(weight.shape)}; it must be floats of (n_e, e_dim)"
+        unknown = getattr(module, "unknown_index", None)
+        if module.remap is not None and not isinstance(unknown, int) and unknown not in cls._unknown_indices():
+            return f"unknown_index is {unknown!r}; it must be one of {cls._unknown_indices()}, or an int"
         return None
 
     def _probe_rows(self, *shape: int) -> Tensor:

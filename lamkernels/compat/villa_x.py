@@ -65,8 +65,8 @@ class VectorQuantizer2(VectorQuantizer2Family):
     ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor], tuple[None, None, Tensor]]:
         """Quantises z; ``use_entropy_loss`` makes loss (loss, :meth:`entropy_loss`), which takes an N×K matrix."""
         check_for_gumbel(temp, rescale_logits, return_logits)
-        z = self._as_computed(z)
-        z_q, loss, indices = self._quantize(z)
+        z, weight = self._as_computed(z)
+        z_q, loss, indices = self._quantize(z, weight)
         if self.remap is not None:
             indices = self.remap_to_used(indices.reshape(z.shape[0], -1)).reshape(-1, 1)
         if self.sane_index_shape:

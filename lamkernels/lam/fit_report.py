@@ -22,17 +22,18 @@ def measure(model: LinearLAM, fitted: Covariance, held_out: Covariance) -> dict[
 
     Returns:
         JSON: "pairs" (fitted, held out); "loss" of the "fit", its lower bound "optimal", "held_out" (None without such
-        pairs), "without_latent" (a linear prediction from o alone) and "copy" (o' = o); "ranks"; "eigenvalues" that
-        the latent dimensions explain; "actions", None where there are none:
+        pairs), "without_latent" (the same prediction with z at its mean) and "copy" (o' = o); "ranks"; "eigenvalues"
+        that the latent dimensions explain; "actions", None where there are none:
         "recovery" (share of the action that z explains), the same "held_out" by a ridge probe, "unexplained_latent"
         (share of z that the action does not explain: what leaks is part of it), and that "by_dimension".
     """
-    on_fitted, on_held_out = (DerivedMoments(moments, {"error": _error(model)}) for moments in (fitted, held_out))
+    errors = {"error": _error(model), "error_without": _error_without_latent(model)}
+    on_fitted, on_held_out = (DerivedMoments(moments, errors) for moments in (fitted, held_out))
     losses = {
         "fit": model.loss,
         "optimal": model.optimal_loss,
         "held_out": mean_square(on_fitted, on_held_out, "error") if held_out.count > 1 else None,
-        "without_latent": float(ConditionalMoments(fitted, "o").covariance("o_next", "o_next").trace()),
+        "without_latent": float(on_fitted.covariance("error_without", "error_without").trace()),
         "copy": _copy_loss(fitted),
     }
     ranks = {
@@ -58,6 +59,10 @@ def _error(model: LinearLAM) -> dict[str, torch.Tensor | None]:
     """ô' − o' as a linear map of o' and o."""
     identity = torch.eye(len(model.o_next_mean), dtype=model.D.dtype, device=model.D.device)
     return {"o_next": model.B @ model.D - identity, "o": model.A + model.B @ model.C}
+
+
+def _error_without_latent(model: LinearLAM) -> dict[str, torch.Tensor | None]:
+    return {"o_next": -torch.eye(len(model.o_next_mean), dtype=model.D.dtype, device=model.D.device), "o": model.A}
 
 
 def _copy_loss(moments: Covariance) -> float:

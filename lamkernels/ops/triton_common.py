@@ -24,6 +24,7 @@ from lamkernels.ops.constants import COSINE_EPS
 HALVES = (torch.float16, torch.bfloat16)
 SMALLEST_CODE = tl.constexpr(2.0**-40)  # below it the fp32 product of two entries may underflow
 LARGEST_PRODUCT = tl.constexpr(2.0**120)  # above it an fp32 sum of products may overflow
+LARGEST_SQUARED = tl.constexpr(2.0**58)  # a sum of squares of 2¹² such entries and a code's norm stays finite
 LARGEST_SINGLE = tl.constexpr(3.4e38)  # still finite when rounded to tf32
 COSINE_CLAMP = tl.constexpr(COSINE_EPS)
 SMALLEST_UNIT = tl.constexpr(1e-37)  # what the largest entry of a row is clamped to: its inverse is a normal number
@@ -33,6 +34,12 @@ LARGEST_DOUBLE = tl.constexpr(1.7976931348623157e308)
 @triton.jit
 def is_finite(value: tensor) -> tensor:
     return tl.abs(value) < float("inf")  # false for NaN too
+
+
+@triton.jit
+def finite_rows(entry: tensor, BD: tl.constexpr) -> tensor:
+    """Whether all entries [BN, BD] of each row are finite; a sum, because LLVM puts a minimum of flags on the stack."""
+    return tl.sum(is_finite(entry).to(tl.int32), axis=1) == BD
 
 
 @triton.jit
@@ -56,6 +63,43 @@ def product_limit(largest_code: tensor, largest_norm: tensor, dim: tensor) -> te
     limit = LARGEST_PRODUCT / (tl.maximum(largest_code, SMALLEST_CODE) * dim)
     safe = (largest_norm < LARGEST_PRODUCT) & ((largest_code >= SMALLEST_CODE) | (largest_code == 0.0))
     return tl.where(safe, tl.minimum(limit, LARGEST_PRODUCT), -1.0)
+
+
+@triton.jit
+def load_rows(
+    first: tensor, left: tensor, step: tensor, step_d: tensor,
+    DENSE: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+) -> tensor:  # fmt: skip
+    """Entries [BN, BD] of the next ``left`` of BN rows, 0 elsewhere; ``first`` points to the first of them.
+
+    Rows without gaps (DENSE) that fill the tile are loaded as one run, 16 bytes at a time also where a row has fewer;
+    else their distance is a constant, so that the compiler knows how they are aligned.
+    """
+    if DENSE and DIM == BD:
+        flat = tl.arange(0, BN * BD)
+        entry = tl.reshape(tl.load(first + flat, mask=flat < left * DIM, other=0.0), [BN, BD])
+    else:
+        n, d = tl.arange(0, BN), tl.arange(0, BD)
+        inside = (n < left)[:, None] & (d < DIM)[None, :]  # [BN, BD]
+        if DENSE:
+            entry = tl.load(first + (n * DIM)[:, None] + d[None, :], mask=inside, other=0.0)
+        else:
+            at = n.to(tl.int64)[:, None] * step + d.to(tl.int64)[None, :] * step_d
+            entry = tl.load(first + at, mask=inside, other=0.0)
+    return entry
+
+
+@triton.jit
+def store_rows(
+    first: tensor, left: tensor, value: tensor, DIM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+) -> None:  # fmt: skip
+    """Stores the next ``left`` of BN rows [BN, BD] without gaps, from ``first`` on."""
+    if DIM == BD:
+        flat = tl.arange(0, BN * BD)
+        tl.store(first + flat, tl.reshape(value, [BN * BD]), mask=flat < left * DIM)
+    else:
+        n, d = tl.arange(0, BN), tl.arange(0, BD)
+        tl.store(first + (n * DIM)[:, None] + d[None, :], value, mask=(n < left)[:, None] & (d < DIM)[None, :])
 
 
 @triton.jit
@@ -111,18 +155,21 @@ def nearest_resident(
     limit: tensor,
     L2: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> tensor:  # fmt: skip
-    """Index [BN] of the nearest code of each row, −1 without a finite code, and whether a row must be scanned again.
+    """Index [BN] of the nearest code of each row, −1 without a finite code; whether to look for :func:`rows_to_scan`.
 
-    The codes are loaded again for each tile of rows: they come from the cache, and would not fit the registers.
+    Where there is nothing to look for, the squares of x − μ do not overflow either. The codes are loaded again for each
+    tile of rows: they come from the cache, and would not fit the registers.
     """
     k = tl.arange(0, BK)
     d = tl.arange(0, BD)
     inside = (half_norm < float("inf"))[:, None] & (d < dim)[None, :]  # [BK, BD]
     code = tl.load(codebook + k.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
-    wide = x.to(tl.float32)  # [BN, BD]
-    if CENTRE:
-        wide = wide - centre[None, :]
-    again = must_scan(tl.max(tl.where(tl.abs(wide) <= limit, tl.abs(wide), float("inf")), axis=1), limit, dim, L2)
+    wide = less_centre(x, centre, CENTRE)  # [BN, BD]
+    if L2:  # of a tile, not of each row
+        size = tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # as bits a NaN is larger than an infinity
+        doubtful = (size.to(tl.float32, bitcast=True) <= tl.minimum(limit, LARGEST_SQUARED)) == 0
+    else:
+        doubtful = tl.max(rows_to_scan(x, centre, limit, dim, L2, CENTRE).to(tl.int32), axis=0) > 0
     if NATIVE:
         product = tl.dot(x, tl.trans(code), input_precision="ieee", out_dtype=tl.float32)
     else:
@@ -133,7 +180,24 @@ def nearest_resident(
     score = half_norm[None, :] - product  # [BN, BK]
     best = tl.min(score, axis=1)
     index = tl.min(tl.where(score == best[:, None], k[None, :], BK), axis=1)
-    return tl.where(best < float("inf"), index, -1), again
+    return tl.where(best < float("inf"), index, -1), doubtful
+
+
+@triton.jit
+def less_centre(x: tensor, centre: tensor, CENTRE: tl.constexpr) -> tensor:
+    wide = x.to(tl.float32)
+    if CENTRE:
+        wide = wide - centre[None, :]
+    return wide
+
+
+@triton.jit
+def rows_to_scan(
+    x: tensor, centre: tensor, limit: tensor, dim: tensor, L2: tl.constexpr, CENTRE: tl.constexpr
+) -> tensor:  # fmt: skip
+    """Whether fp32 must not decide each row [BN]."""
+    size = tl.abs(less_centre(x, centre, CENTRE))
+    return must_scan(tl.max(tl.where(size <= limit, size, float("inf")), axis=1), limit, dim, L2)
 
 
 @triton.jit
@@ -288,6 +352,17 @@ def fp32_product(target: str) -> str:
 def unit_inner(tensor: Tensor) -> Tensor:
     """The tensor itself where neighbours of the last axis are neighbours in memory, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def dense_rows(x: Tensor) -> bool:
+    """Whether the rows of x (H, N, D) lie side by side in memory, within a head."""
+    _, rows, dim = x.shape
+    return (dim == 1 or x.stride(2) == 1) and (rows == 1 or x.stride(1) == dim)
+
+
+def head_stride(x: Tensor) -> int:
+    """The distance of heads; 0, which the compiler knows to be aligned, where there is one."""
+    return x.stride(0) if x.shape[0] > 1 else 0
 
 
 def rows_in_place(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:

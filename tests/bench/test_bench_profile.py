@@ -43,7 +43,11 @@ def test_every_bottleneck_gives_the_same_step(project):
 
 @pytest.mark.parametrize("project", SIZES)
 def test_the_parts_are_those_of_the_step(project):
-    found = profile_step.profile(project, "cpu", 0.0, SMALL[project])
+    kept = []
+    found = profile_step.profile(
+        project, "cpu", 0.0, SMALL[project], lambda so_far: kept.append((len(so_far.steps), len(so_far.parts)))
+    )
+    assert kept[0] == (1, 0) and kept[-1] == (len(found.steps), len(found.parts))  # nothing is lost when it is cut off
     assert [step.bottleneck for step in found.steps if step.form == "eager"][:2] == ["stock", "fused"]
     assert all(step.ms > 0 and step.operators > 200 and step.launches is None for step in found.steps)
     names = [part.name for part in found.parts]

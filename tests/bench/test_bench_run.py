@@ -96,6 +96,16 @@ def test_on_a_gpu_the_processes_start_together_and_both_clocks_are_kept(monkeypa
     assert sum(do == "start" for do, _ in fake.asked) == 2
 
 
+def test_inputs_too_large_to_lie_side_by_side_take_turns_as_wholes(monkeypatch, everything_present):
+    monkeypatch.setattr(runner, "_free_memory", lambda device: 3 * LOOKUP.peak_bytes)
+    answers = {"prepare": RIGHT, "time": {"samples": [1.0]}}
+    rows, asked = run_with(monkeypatch, numba=answers, eager=answers)
+    assert [row.status for row in rows.values()] == ["ok", "ok"] and rows["numba"].speedup == 1.0
+    assert asked == [(do, name) for name in ("numba", "eager") for do in ("prepare", "time", "time", "drop")] + [
+        ("close", name) for name in ("numba", "eager")
+    ]
+
+
 def test_a_wrong_result_and_a_failure_are_rows_without_times(monkeypatch, everything_present):
     wrong = {**RIGHT, "error": "wrong codes", "mismatch_rate": 0.5}
     rows, asked = run_with(

@@ -58,6 +58,7 @@ def test_suites_hold_the_promised_sizes():
     assert shapes("tokenizer", "cpu") == promised
     assert shapes("tokenizer", "cuda") == promised
     assert (1048576, 65536, 128) in shapes("targets", "cuda") and not shapes("targets", "cpu")
+    assert select(["targets"], ["covariance"], "cuda")[-1].row_bytes == 4 * 5_000_000 * 2048
     assert shapes("memory", "cpu") == {(262144, 8192, 32)}
     assert {w.suite for w in WORKLOADS} == set(SUITES)
     assert {w.op for w in WORKLOADS if w.suite == "lam"} == set(CODE_OPS)

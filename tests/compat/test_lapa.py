@@ -126,6 +126,8 @@ def test_training_the_codebook_only():
     for grads in (result[6] for result in results):
         assert grads.pop("project_in.weight") is None and grads["codebooks"].abs().sum() > 0
     got, expected = results[1], results[0]
+    assert (got[2] == expected[2]).all() and torch.equal(got[3], expected[3])
+    torch.testing.assert_close(got[1], expected[1])
     assert got[4] is None and expected[4] is None
     torch.testing.assert_close(got[0], expected[0])
     torch.testing.assert_close(got[6]["codebooks"], expected[6]["codebooks"])

@@ -286,17 +286,19 @@ def test_what_is_refused():
     hooked.embedding.register_forward_hook(lambda *_: None)
     incomplete = module()
     del incomplete.legacy
+    remapped = module(remap="used.npy", unknown_index="closest")
+    remapped.register_buffer("used", torch.arange(3))
     for refused, reason in (
         (stock_moto.VectorQuantizer2(8, 4, 0.25), "it has a setup_remap"),
-        (module(embedding=nn.Linear(4, 8)), "embedding is a Linear"),
+        (module(embedding=nn.Linear(4, 8)), "its embedding is of type Linear"),
         (module(embedding=nn.Embedding(8, 5)), "of (8, 5)"),
         (module(embedding=nn.Embedding(8, 4, sparse=True)), "sparse"),
         (module(embedding=nn.Embedding(8, 4, max_norm=1.0)), "max_norm"),
         (module(embedding=nn.Embedding(8, 4, padding_idx=0)), "padding_idx"),
-        (module(remap="used.npy"), "no buffer used"),
-        (module(remap="used.npy", used=torch.arange(3), unknown_index="closest"), "unknown_index is 'closest'"),
+        (module(remap="used.npy"), "expected are used"),
+        (remapped, "unknown_index is 'closest'"),
         (hooked, "forward hooks"),
-        (incomplete, "it has no legacy"),
+        (incomplete, "its legacy is missing"),
     ):
         assert reason in VectorQuantizer2.refusal(refused)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from videos import write_video
 
 from lamkernels.covariance import Covariance
 from lamkernels.lam import data, sources
@@ -38,17 +39,6 @@ def write(path, **arrays):
         columns = {name: array.tolist() for name, array in arrays.items()}
         parquet.write_table(pyarrow.table(columns), path, row_group_size=17)
     return path
-
-
-def write_video(path, frames):
-    """Writes (T, H, W, 3) uint8."""
-    av = pytest.importorskip("av")
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode(None))
 
 
 def read(source):

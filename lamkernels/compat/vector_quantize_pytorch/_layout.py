@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamkernels.eager import in_shape
+
 
 def channels_last(vq: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     """x with its channels on the last axis, (B, ..., D)."""
@@ -53,7 +55,7 @@ def merge(vq: Any, quantized: Tensor, indices: Tensor, original: Tensor, mask: T
     if vq.heads > 1:
         if vq.separate_codebook_per_head:
             quantized, indices = quantized.movedim(0, -2), indices.movedim(0, -1)
-        quantized = quantized.flatten(-2)
+        quantized = in_shape(quantized, (*quantized.shape[:-2], quantized.shape[-2] * quantized.shape[-1]))
     quantized = quantized.to(original.dtype)
     if vq.has_projections:
         quantized = vq.project_out(quantized)

@@ -29,9 +29,9 @@ from lamkernels.ops.triton_common import (
 
 @triton.jit
 def code_sums_kernel(
-    x: tensor, indices: tensor, parts: tensor, part_counts: tensor, num_rows: tensor, num_codes: tensor, dim: tensor,
-    x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, i_h: tensor, i_n: tensor, tiles: tensor,
-    programs: tensor,
+    x: tensor, indices: tensor, parts: tensor, part_counts: tensor, num_rows: tensor, num_codes: tensor,
+    dim: tl.constexpr, x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, i_h: tensor, i_n: tensor,
+    tiles: tensor, programs: tensor,
     DOT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """parts (H, P, K, D) fp32 and part_counts (H, P, K) int32 of the rows of each program."""

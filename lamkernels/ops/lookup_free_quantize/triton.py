@@ -15,7 +15,15 @@ from torch import Tensor
 from triton.language import tensor
 
 from lamkernels import tuning
-from lamkernels.ops.triton_common import is_finite, on_device, unit_inner
+from lamkernels.ops.triton_common import (
+    dense_rows,
+    finite_rows,
+    head_stride,
+    load_rows,
+    on_device,
+    store_rows,
+    unit_inner,
+)
 
 LARGEST = tl.constexpr(1000.0)  # a logit whose other probability is 0 in every dtype
 MERGED = 256  # tiles that the merging kernel adds at a time
@@ -48,32 +56,32 @@ def log1p_of_fraction(e: tensor, TERMS: tl.constexpr) -> tensor:
 
 @triton.jit
 def lookup_free_fwd_kernel(
-    x: tensor, mask: tensor, quantized: tensor, indices: tensor, part_losses: tensor, num_rows: tensor, dim: tensor,
-    x_h: tensor, x_n: tensor, m_h: tensor, m_n: tensor, tiles: tensor, scale_high: tensor, scale_middle: tensor,
+    x: tensor, mask: tensor, quantized: tensor, indices: tensor, part_losses: tensor, num_rows: tensor, x_h: tensor,
+    x_n: tensor, q_h: tensor, m_h: tensor, m_n: tensor, tiles: tensor, scale_high: tensor, scale_middle: tensor,
     scale_low: tensor, logit_high: tensor, logit_middle: tensor, logit_low: tensor,
-    MASK: tl.constexpr, KEEP_ZERO: tl.constexpr, WIDE: tl.constexpr, TERMS: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr,
+    MASK: tl.constexpr, KEEP_ZERO: tl.constexpr, WIDE: tl.constexpr, TERMS: tl.constexpr, DENSE: tl.constexpr,
+    DIM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """Per tile also Σ (x − q)², Σ H(σ(4βs·x)) and the number of rows that are in, (H, T, 3) fp64."""
     head = (tl.program_id(0) // tiles).to(tl.int64)
-    row = (tl.program_id(0) % tiles).to(tl.int64) * BN + tl.arange(0, BN)
-    d = tl.arange(0, BD)
+    first = (tl.program_id(0) % tiles).to(tl.int64) * BN
+    left = tl.minimum(num_rows - first, BN).to(tl.int32)
+    row, d = first + tl.arange(0, BN), tl.arange(0, BD)
     kept = row < num_rows
     if MASK:
         kept = kept & (tl.load(mask + head * m_h + row * m_n, mask=kept, other=0) != 0)
-    inside = (row < num_rows)[:, None] & (d < dim)[None, :]  # [BN, BD]
-    entry = tl.load(x + head * x_h + row[:, None] * x_n + d[None, :], mask=inside, other=0.0).to(WIDE)
+    entry = load_rows(x + head * x_h + first * x_n, left, x_n, 1, DENSE, DIM, BN, BD).to(WIDE)  # [BN, BD]
     scale = joined(scale_high, scale_middle, scale_low, WIDE)
     logit_scale = joined(logit_high, logit_middle, logit_low, WIDE)
-    used = kept & (tl.min(is_finite(entry).to(tl.int32), axis=1) > 0)  # [BN]
+    used = kept & finite_rows(entry, BD)  # [BN]
     code = sign_code(entry, scale, KEEP_ZERO)
-    value = tl.where(kept[:, None], tl.where(used[:, None], code, float("nan")), 0.0)
-    place = (head * num_rows + row)[:, None] * dim + d[None, :]
-    tl.store(quantized + place, value.to(quantized.dtype.element_ty), mask=inside)
-    place_value = tl.where(d < dim, tl.full([BD], 1, tl.int64) << tl.maximum(dim - 1 - d, 0).to(tl.int64), 0)
-    index = tl.sum(tl.where(entry > 0, place_value[None, :], 0), axis=1)
+    value = tl.where(used[:, None], code, tl.where(kept, float("nan"), 0.0)[:, None])
+    store_rows(quantized + head * q_h + first * DIM, left, value.to(quantized.dtype.element_ty), DIM, BN, BD)
+    word = tl.int32 if DIM < 32 else tl.int64
+    place_value = tl.where(d < DIM, tl.full([BD], 1, word) << tl.maximum(DIM - 1 - d, 0).to(word), 0)
+    index = tl.sum(tl.where(entry > 0, place_value[None, :], 0), axis=1).to(tl.int64)
     tl.store(indices + head * num_rows + row, tl.where(used, index, -1), mask=row < num_rows)
-    summed = inside & used[:, None]
+    summed = used[:, None] & (d < DIM)[None, :]
     residual = tl.where(summed, entry - code, 0.0)
     logit = tl.where(summed, tl.minimum(tl.abs(logit_scale * entry), LARGEST), LARGEST)
     e = tl.exp(-logit)
@@ -109,21 +117,22 @@ def lookup_free_merge_kernel(
 @triton.jit
 def lookup_free_bwd_kernel(
     x: tensor, indices: tensor, rows_in: tensor, grad_quantized: tensor, grad_commitment: tensor, grad_entropy: tensor,
-    grad_x: tensor, num_rows: tensor, dim: tensor, x_h: tensor, x_n: tensor, g_h: tensor, g_n: tensor, g_d: tensor,
+    grad_x: tensor, num_rows: tensor, x_h: tensor, x_n: tensor, g_h: tensor, g_n: tensor, g_d: tensor, out_h: tensor,
     commitment_h: tensor, entropy_h: tensor, tiles: tensor, scale_high: tensor, scale_middle: tensor, scale_low: tensor,
     logit_high: tensor, logit_middle: tensor, logit_low: tensor,
-    GRAD: tl.constexpr, KEEP_ZERO: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    GRAD: tl.constexpr, KEEP_ZERO: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, G_DENSE: tl.constexpr,
+    DIM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     head = (tl.program_id(0) // tiles).to(tl.int64)
-    row = (tl.program_id(0) % tiles).to(tl.int64) * BN + tl.arange(0, BN)
-    d = tl.arange(0, BD)
-    inside = (row < num_rows)[:, None] & (d < dim)[None, :]  # [BN, BD]
-    used = inside & (tl.load(indices + head * num_rows + row, mask=row < num_rows, other=-1) >= 0)[:, None]
-    entry = tl.load(x + head * x_h + row[:, None] * x_n + d[None, :], mask=used, other=0.0).to(WIDE)
+    first = (tl.program_id(0) % tiles).to(tl.int64) * BN
+    left = tl.minimum(num_rows - first, BN).to(tl.int32)
+    row = first + tl.arange(0, BN)
+    used = tl.load(indices + head * num_rows + row, mask=row < num_rows, other=-1) >= 0  # [BN]
+    entry = load_rows(x + head * x_h + first * x_n, left, x_n, 1, DENSE, DIM, BN, BD).to(WIDE)  # [BN, BD]
     scale = joined(scale_high, scale_middle, scale_low, WIDE)
     logit_scale = joined(logit_high, logit_middle, logit_low, WIDE)
     count = tl.maximum(tl.load(rows_in + head), 1).to(tl.float64)
-    commitment = tl.load(grad_commitment + head * commitment_h).to(tl.float64) * (2.0 / (count * dim))
+    commitment = tl.load(grad_commitment + head * commitment_h).to(tl.float64) * (2.0 / (count * DIM))
     entropy = tl.load(grad_entropy + head * entropy_h).to(tl.float64) / count
     logit = tl.minimum(tl.maximum(logit_scale * entry, -LARGEST), LARGEST)
     e = tl.exp(-tl.abs(logit))
@@ -131,10 +140,9 @@ def lookup_free_bwd_kernel(
     grad = commitment.to(WIDE) * (entry - sign_code(entry, scale, KEEP_ZERO))
     grad -= (entropy * logit_scale).to(WIDE) * slope
     if GRAD:
-        source = grad_quantized + head * g_h + row[:, None] * g_n + d.to(tl.int64)[None, :] * g_d
-        grad += tl.load(source, mask=used, other=0.0).to(WIDE)
-    place = (head * num_rows + row)[:, None] * dim + d[None, :]
-    tl.store(grad_x + place, tl.where(used, grad, 0.0).to(grad_x.dtype.element_ty), mask=inside)
+        grad += load_rows(grad_quantized + head * g_h + first * g_n, left, g_n, g_d, G_DENSE, DIM, BN, BD).to(WIDE)
+    grad = tl.where(used[:, None], grad, 0.0).to(grad_x.dtype.element_ty)
+    store_rows(grad_x + head * out_h + first * DIM, left, grad, DIM, BN, BD)
 
 
 def lookup_free_quantize(
@@ -152,9 +160,10 @@ def lookup_free_quantize(
     with on_device(x):
         if heads * tiles:
             lookup_free_fwd_kernel[(heads * tiles,)](
-                x, indices if mask is None else mask, quantized, indices, part_losses, rows, dim, *x.stride()[:2],
-                *((0, 0) if mask is None else mask.stride()), tiles, *_parts(scale), *_parts(logit_scale),
-                mask is not None, keep_zero, *_arithmetic(x), tile.rows, tile.dim, **tile.options(),
+                x, indices if mask is None else mask, quantized, indices, part_losses, rows, head_stride(x),
+                x.stride(1), head_stride(quantized), *((0, 0) if mask is None else mask.stride()), tiles,
+                *_parts(scale), *_parts(logit_scale), mask is not None, keep_zero, *_arithmetic(x), dense_rows(x), dim,
+                tile.rows, tile.dim, **tile.options(),
             )  # fmt: skip
         if heads:
             lookup_free_merge_kernel[(heads,)](
@@ -169,16 +178,17 @@ def lookup_free_quantize_backward(
 ) -> Tensor:  # fmt: skip
     """grad_x (H, N, D) in the dtype of x; see the reference for the formula."""
     x, (heads, rows, dim) = unit_inner(x), x.shape
+    grad = x if grad_quantized is None else grad_quantized
     grad_x, tile = x.new_empty(x.shape), tuning.scalars(tuning.target_of(x.device), dim)
     tiles = triton.cdiv(rows, tile.rows)
     if heads * tiles:
         with on_device(x):
             lookup_free_bwd_kernel[(heads * tiles,)](
-                x, indices.contiguous(), num_rows.contiguous(), x if grad_quantized is None else grad_quantized,
-                grad_commitment, grad_entropy, grad_x, rows, dim, *x.stride()[:2],
-                *((0, 0, 0) if grad_quantized is None else grad_quantized.stride()), grad_commitment.stride(0),
-                grad_entropy.stride(0), tiles, *_parts(scale), *_parts(logit_scale), grad_quantized is not None,
-                keep_zero, _arithmetic(x)[0], tile.rows, tile.dim, **tile.options(),
+                x, indices.contiguous(), num_rows.contiguous(), grad, grad_commitment, grad_entropy, grad_x,
+                rows, head_stride(x), x.stride(1), head_stride(grad), *grad.stride()[1:], head_stride(grad_x),
+                grad_commitment.stride(0), grad_entropy.stride(0), tiles, *_parts(scale), *_parts(logit_scale),
+                grad_quantized is not None, keep_zero, _arithmetic(x)[0], dense_rows(x), dense_rows(grad), dim,
+                tile.rows, tile.dim, **tile.options(),
             )  # fmt: skip
     return grad_x
 

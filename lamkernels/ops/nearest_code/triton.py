@@ -28,6 +28,7 @@ from lamkernels.ops.triton_common import (
     persistent_programs,
     resident_norms,
     rows_in_place,
+    rows_to_scan,
     scan_exactly,
     unit_inner,
     unit_scales,
@@ -36,9 +37,9 @@ from lamkernels.ops.triton_common import (
 
 @triton.jit
 def nearest_code_resident_kernel(
-    x: tensor, codebook: tensor, indices: tensor, distance: tensor, num_rows: tensor, num_codes: tensor, dim: tensor,
-    x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor, c_k: tensor, tiles: tensor,
-    programs: tensor,
+    x: tensor, codebook: tensor, indices: tensor, distance: tensor, num_rows: tensor, num_codes: tensor,
+    dim: tl.constexpr, x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor, c_k: tensor,
+    tiles: tensor, programs: tensor,
     L2: tl.constexpr, COSINE: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
     DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -51,25 +52,30 @@ def nearest_code_resident_kernel(
         present = row < num_rows
         rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
         entries = tl.load(rows[:, None] + d[None, :] * x_d, mask=present[:, None] & (d < dim)[None, :], other=0.0)
-        index, again = nearest_resident(
+        index, scan = nearest_resident(
             entries, codebook, c_k, num_codes, dim, centre, half_norm, limit, L2, CENTRE, NATIVE, DOT, BK, BD
         )
+        again = present & (row < 0)
+        if scan:
+            again = present & rows_to_scan(entries, centre, limit, dim, L2, CENTRE)
         store_nearest(
-            index, again & present, rows, x_d, row, present, codebook, c_k, indices + head * num_rows,
+            index, again, scan, rows, x_d, row, present, codebook, c_k, indices + head * num_rows,
             distance + head * num_rows, num_codes, dim, L2, COSINE, DISTANCE, BN, 16, BD,
         )  # fmt: skip
 
 
 @triton.jit
 def store_nearest(
-    index: tensor, again: tensor, rows: tensor, step: tensor, row: tensor, present: tensor, codebook: tensor,
-    stride: tensor, indices: tensor, distance: tensor, num_codes: tensor, dim: tensor,
+    index: tensor, again: tensor, scan: tensor, rows: tensor, step: tensor, row: tensor, present: tensor,
+    codebook: tensor, stride: tensor, indices: tensor, distance: tensor, num_codes: tensor, dim: tensor,
     L2: tl.constexpr, COSINE: tl.constexpr, DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BD: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Decides the rows marked ``again`` in fp64, then stores the index and, where asked for, the score of each row."""
+    """Decides the rows marked ``again`` in fp64, if ``scan`` says that there may be some, then stores the index and,
+    where asked for, the score of each row.
+    """
     best = tl.zeros([BN], tl.float64)
-    if tl.max(again.to(tl.int32), axis=0) > 0:
+    if scan:
         scanned, best = scan_exactly(rows, step, again, codebook, stride, num_codes, dim, L2, BN, BK)
         index = tl.where(again, scanned, index)
     tl.store(indices + row, index.to(tl.int64), mask=present)
@@ -126,9 +132,10 @@ def nearest_code_streamed_kernel(
         better = tile_best < best
         index = tl.where(better, tile_index, index)
         best = tl.where(better, tile_best, best)
+    again = again & present
     store_nearest(
-        index, again & present, rows, x_d, row, present, codebook + head * c_h, c_k, indices + head * num_rows,
-        distance + head * num_rows, num_codes, dim, L2, COSINE, DISTANCE, BN, 16, BD,
+        index, again, tl.max(again.to(tl.int32), axis=0) > 0, rows, x_d, row, present, codebook + head * c_h, c_k,
+        indices + head * num_rows, distance + head * num_rows, num_codes, dim, L2, COSINE, DISTANCE, BN, 16, BD,
     )  # fmt: skip
 
 
@@ -180,7 +187,7 @@ def nearest_code(
     how = arithmetic(x, codebook, metric, precision, target)
     sizes = (rows, codes, dim)
     strides = (*row_strides, *codebook.stride()[:2])
-    tile = tuning.resident(target, *sizes)
+    tile = tuning.lookup(target, *sizes, how.native)
     with on_device(x):
         if how.exact:
             tile = tuning.exact(target)

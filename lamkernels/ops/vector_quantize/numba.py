@@ -114,8 +114,9 @@ def quantize_chunks(p, stored, computed):
                 noise = elements(a[LOOKUP + 14], begin, size, stored)
                 for n in range(count):
                     if out[n] >= 0:
-                        row, here = x[n * stride : n * stride + dim], slice(n * dim, (n + 1) * dim)
-                        _substitute(row, scales[n], codebook[out[n]], noise[here], quantized[here], stored)
+                        row, code = carray(at(x, n * stride), (dim,)), carray(at(codebook, out[n] * dim), (dim,))
+                        here = carray(at(noise, n * dim), (dim,)), carray(at(quantized, n * dim), (dim,))
+                        _substitute(row, scales[n], code, here[0], here[1], stored)
             if a[THROUGH] != 0:
                 through = elements(a[THROUGH], begin, size, stored)
                 for n in range(count):

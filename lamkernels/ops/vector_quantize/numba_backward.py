@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import numpy as np
@@ -13,7 +14,7 @@ from lamkernels.ops.code_statistics.numba import sum_rows
 from lamkernels.ops.constants import COSINE_EPS, ROTATION_EPS
 from lamkernels.ops.nearest_code.numba import FLAGS, elements, gather_rows, inverse_norm, row_strides
 from lamkernels.ops.parallel import compiled, empty, launch
-from lamkernels.ops.simd import computed_type, fetch_add, narrow, stored_type, widen, words
+from lamkernels.ops.simd import at, computed_type, fetch_add, narrow, stored_type, widen, words
 
 # int64 parameters of the backward: 2 x, 3 head stride, 4 row stride, 5 codes (H, N, D), 6 indices (H, N), of
 # quantized or 0, 8 N, 9 K, 10 D, 11 to 13 its strides, 14 gradient of the commitment loss (H,), 15 of the codebook loss
@@ -26,7 +27,13 @@ BACKWARD = 31
 BACKWARD_CHUNK = 1 << 16  # entries of x in a task
 GATHERED = 1 << 12  # entries of x that are gathered at a time
 MAX_PULLED = 1 << 13  # entries of a codebook whose pulls a task sums by itself
-ONE = struct.unpack("q", struct.pack("d", 1.0))[0]  # the bits of 1 as fp64
+
+
+@functools.lru_cache
+def bits(number: float) -> int:
+    """Those of a number as fp64, as an int64 parameter."""
+    (found,) = struct.unpack("q", struct.pack("d", number))
+    return int(found)
 
 
 @njit(**FLAGS)
@@ -39,7 +46,7 @@ def _backward_chunks(p, stored, computed):
     flat = not general and (a[26] != 0 or a[4] == dim) and (a[7] == 0 or (a[12] == dim and a[13] == 1))
     piece = chunk if a[26] == 0 else max(GATHERED // dim, 1)  # rows that are done in one loop
     room, weights = dim if general else 0, a.view(np.float64)
-    scratch = np.empty(room), np.empty(room)
+    scratch, spread = (np.empty(room), np.empty(room)), np.empty(room, elements(a[2], 0, 1, stored).dtype)
     staging = np.empty(max(dim, piece * dim) if a[26] != 0 else 0, elements(a[2], 0, 1, stored).dtype)
     pulls = np.empty(num_codes * dim if pulling else 0)
     while True:
@@ -76,12 +83,12 @@ def _backward_chunks(p, stored, computed):
                     row[3][:] = 0
                 elif noisy and a[24] == 0:
                     at_row = (head * rows + n) * dim
-                    _noisy_row(a, row, elements(a[22], at_row, dim, stored), weight, scratch, stored)
+                    noise = elements(a[22], at_row, dim, stored)
                     if pulling:
-                        to = pulls[indices[n] * dim : (indices[n] + 1) * dim]
-                        for d in range(dim):
-                            to[d] += scratch[0][d]
+                        _noisy_row(a, row, noise, weight, spread, carray(at(pulls, indices[n] * dim), (dim,)), stored)
                     else:
+                        scratch[0][:] = 0.0
+                        _noisy_row(a, row, noise, weight, spread, scratch[0], stored)
                         elements(a[23], at_row, dim, computed)[:] = scratch[0]
                 else:
                     _general_row(a, (head * rows + n) * dim, row, weight, scratch, stored, computed)
@@ -151,32 +158,29 @@ def _rows(a, head, start, stop, staging, stored):
 
 
 @njit(**FLAGS)
-def _noisy_row(a, row, noise, weight, scratch, stored):
-    """The gradient of one row under noise substitution, in fp64; what its code is pulled by goes to scratch[0].
+def _noisy_row(a, row, noise, weight, spread, pull, stored):
+    """The gradient of one row under noise substitution, in fp64; what its code is pulled by is added to ``pull``.
 
     NSVQ: g + a(x − c)/r for x, of which the second part with the other sign for the code.
     """
-    (x, codes, grad, grad_x), (pull, g) = row, scratch
-    dim, step = pull.shape[0], a[13]
-    if step == 1:
+    x, codes, grad, grad_x = row
+    dim, step = x.shape[0], a[13]
+    if step != 1:
         for d in range(dim):
-            g[d] = widen(grad[d])
-    else:
-        for d in range(dim):
-            g[d] = widen(grad[d * step])
+            spread[d] = grad[d * step]
+        grad = spread
     along, length, distance = 0.0, 0.0, 0.0
     for d in range(dim):
-        along += g[d] * np.float64(widen(noise[d]))
-        length += np.float64(widen(noise[d])) ** 2
-        distance += (np.float64(widen(x[d])) - np.float64(widen(codes[d]))) ** 2
+        v, residual = np.float64(widen(noise[d])), np.float64(widen(x[d])) - np.float64(widen(codes[d]))
+        along += np.float64(widen(grad[d])) * v
+        length += v * v
+        distance += residual * residual
     size = np.sqrt(length) * np.sqrt(distance)
     factor = along / size if size > 0.0 else 0.0
     for d in range(dim):
         residual = np.float64(widen(x[d])) - np.float64(widen(codes[d]))
-        pull[d] = factor * residual
-        g[d] += weight * residual
-    for d in range(dim):
-        grad_x[d] = narrow(g[d] + pull[d], stored)
+        pull[d] += factor * residual
+        grad_x[d] = narrow(np.float64(widen(grad[d])) + weight * residual + factor * residual, stored)
 
 
 @njit(**FLAGS)
@@ -300,8 +304,8 @@ def vector_quantize_backward(
         strides.group,
         strides.group_stride,
         strides.entry,
-        ONE,
-        ONE,
+        bits(1.0),
+        bits(1.0),
     ]
     tasks = heads * (-(-rows // chunk) + 1)
     launch(compiled(backward, x.dtype), parameters, tasks, 4 * heads * rows * dim)

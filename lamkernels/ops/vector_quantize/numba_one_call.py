@@ -9,7 +9,6 @@ plain eager mode.
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +21,16 @@ from lamkernels.ops.code_statistics.numba import sum_rows
 from lamkernels.ops.nearest_code.numba import LOOKUP, row_strides
 from lamkernels.ops.parallel import HUGE, MIN_WORK_PER_THREAD, empty, run
 from lamkernels.ops.vector_quantize.numba import QUANTIZE
-from lamkernels.ops.vector_quantize.numba_backward import LOSS_WEIGHTS
-from lamkernels.ops.vector_quantize.numba_plan import AVERAGES, LOSS_WEIGHT, BackwardArray, ForwardArray, Plan, plan
+from lamkernels.ops.vector_quantize.numba_backward import LOSS_WEIGHTS, bits
+from lamkernels.ops.vector_quantize.numba_plan import (
+    AVERAGES,
+    CODEBOOK_LOSS,
+    LOSS_WEIGHT,
+    BackwardArray,
+    ForwardArray,
+    Plan,
+    plan,
+)
 from lamkernels.ops.vector_quantize.op import vector_quantize_backward
 
 __all__ = ["plan", "quantize", "row_strides", "train_step", "weighted_step"]
@@ -31,14 +38,18 @@ __all__ = ["plan", "quantize", "row_strides", "train_step", "weighted_step"]
 KEPT = 1 << 20  # bytes of scratch that a thread keeps for its next call
 
 
-class Scratch(threading.local):
-    """Memory of a thread that no call finds as it left it: the next one need not ask for it."""
+class Scratch:
+    """Memory that no call finds as it left it: the next one need not ask for it."""
 
-    kept: tuple[Any, int] | None = None
+    def __init__(self) -> None:
+        self.kept: list[tuple[Any, int]] = []
 
     def take(self, size: int) -> tuple[Any, int]:
-        """Memory of at least so many bytes and its address; nobody else's, not even a signal handler's."""
-        kept, self.kept = self.kept, None
+        """Memory of at least so many bytes and its address; nobody else's, of another thread or a signal handler."""
+        try:
+            kept = self.kept.pop()
+        except IndexError:
+            kept = None
         if kept is None or kept[0].size < size:
             memory = np.empty(size, np.uint8)
             kept = memory, memory.ctypes.data
@@ -47,18 +58,18 @@ class Scratch(threading.local):
     def give_back(self, taken: tuple[Any, int]) -> None:
         """Keeps it for the next call, unless it is large."""
         if taken[0].size <= KEPT:
-            self.kept = taken
+            self.kept.append(taken)
 
 
 scratch = Scratch()
 Extras = tuple[Tensor | None, Tensor | None, Tensor | None]
-NO_STATISTICS: Extras = (None, None, None)
+Wanted = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+NOTHING: Wanted = (None, None, None, None)
 
 
 def forward(
-    x: Tensor, codebook: Tensor, plan: Plan, extras: Extras, statistics: Extras, settings: Mapping[int, int],
-    loss_weight: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int]:  # fmt: skip
+    x: Tensor, codebook: Tensor, plan: Plan, extras: Extras, wanted: Wanted, settings: Mapping[int, int]
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
     """Runs the plan.
 
     Args:
@@ -66,44 +77,31 @@ def forward(
         codebook: (K, D) or (H, K, D), contiguous.
         plan: for these.
         extras: the rows of x in place where x is not contiguous, mask, noise; None for what a call has not.
-        statistics: where counts, sums and residual sums go; None for one that nobody wants.
+        wanted: where counts, sums, residual sums and the losses go; None for one that nobody wants.
         settings: parameters that this call has beyond the plan, by their place.
-        loss_weight: what the first loss is multiplied by.
 
     Returns:
-        quantized, indices, the two losses (the second with the counts), the codes where they are not ``quantized``, and
-        how many rows are in.
+        quantized, indices, the codes where they are not ``quantized``, and how many rows are in.
     """
-    (rows, mask, noise), stored = extras, x.dtype
-    quantized = empty_as(x)
-    indices = quantized.new_empty(plan.leading, dtype=torch.int64)
-    loss = codebook.new_empty(())
+    (rows, mask, noise), stored, codes = extras, x.dtype, None
+    quantized, indices = empty_as(x), torch.empty_like(plan.indices, memory_format=torch.contiguous_format)
     stored_codes = codebook if stored == codebook.dtype else codebook.to(stored)
     taken = scratch.take(plan.scratch)
     base = taken[1]
     array = ForwardArray.from_buffer_copy(plan.forward)
     array[2], array[5], array[17] = (x if rows is None else rows).data_ptr(), codebook.data_ptr(), indices.data_ptr()
     array[LOOKUP], array[LOOKUP + 1] = quantized.data_ptr(), stored_codes.data_ptr()
-    codes = codebook_loss = None
     if mask is not None:
         array[LOOKUP + 3] = mask.data_ptr()
     if noise is not None:
         codes = empty_as(x)
         array[LOOKUP + 14], array[LOOKUP + 15] = noise.data_ptr(), codes.data_ptr()
-    array[QUANTIZE] = array[QUANTIZE + 1] = loss.data_ptr()
-    array[QUANTIZE + 3] = base
-    counts, sums, residual_sums = statistics
-    at_counts, at_sums, at_residual_sums = plan.statistics
-    array[LOOKUP + 8] = base + at_counts if counts is None else counts.data_ptr()
-    array[LOOKUP + 9] = base + at_sums if sums is None else sums.data_ptr()
-    array[LOOKUP + 10] = base + at_residual_sums if residual_sums is None else residual_sums.data_ptr()
-    if counts is not None:
-        codebook_loss = codebook.new_empty(())
-        array[QUANTIZE + 1] = codebook_loss.data_ptr()
+    array[LOOKUP + 8], array[LOOKUP + 9], array[LOOKUP + 10], loss = (
+        base + at if tensor is None else tensor.data_ptr() for tensor, at in zip(wanted, plan.unwanted, strict=True)
+    )
+    array[QUANTIZE], array[QUANTIZE + 1], array[QUANTIZE + 3] = loss, loss, base
     for place, value in settings.items():
         array[place] = value
-    if loss_weight != 1:
-        ctypes.c_double.from_buffer(array, 8 * LOSS_WEIGHT).value = loss_weight
     address = ctypes.addressof(array)
     if plan.tasks > 1 and plan.work >= MIN_WORK_PER_THREAD:
         array[QUANTIZE + 5] = 0
@@ -113,7 +111,7 @@ def forward(
     else:
         plan.call(address)
     scratch.give_back(taken)
-    return quantized, indices, loss, codebook_loss, codes, array[QUANTIZE + 2]
+    return quantized, indices, codes, array[QUANTIZE + 2]
 
 
 def visible_indices(indices: Tensor, rows_in: int) -> Tensor:
@@ -130,6 +128,14 @@ def averages_in(sizes: Tensor, code_sums: Tensor, codebook: Tensor) -> dict[int,
 def empty_as(x: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of the shape and dtype of x, in huge pages where it is large."""
     return empty(x.shape, x.dtype) if x.nbytes >= HUGE else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+ZERO = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+
+
+def empty_loss(codebook: Tensor) -> Tensor:
+    """Room for a number () in the dtype of the codebook."""
+    return torch.empty_like(ZERO[codebook.dtype])
 
 
 def quantize(x: Tensor, codebook: Tensor, plan: Plan, extras: Extras) -> tuple[Tensor, ...]:
@@ -168,18 +174,18 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 def _quantize(x: Tensor, codebook: Tensor, plan: Plan, extras: Extras) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     counts = codebook.new_empty(codebook.shape[:-1], dtype=torch.int64)
     sums, residual_sums = torch.empty_like(codebook), torch.empty_like(codebook)
-    quantized, indices, loss, codebook_loss, codes, rows_in = forward(
-        x, codebook, plan, extras, (counts, sums, residual_sums), {}
+    loss, codebook_loss = empty_loss(codebook), empty_loss(codebook)
+    quantized, indices, codes, rows_in = forward(
+        x, codebook, plan, extras, (counts, sums, residual_sums, loss), {CODEBOOK_LOSS: codebook_loss.data_ptr()}
     )
-    assert codebook_loss is not None
     return (quantized, indices, loss, codebook_loss, counts, sums), (residual_sums, codes, rows_in)
 
 
 def _train_step(
     x: Tensor, codebook: Tensor, sizes: Tensor, code_sums: Tensor, plan: Plan, rows: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, int]:
-    averages = averages_in(sizes, code_sums, codebook)
-    quantized, indices, loss, _, _, rows_in = forward(x, codebook, plan, (rows, None, None), NO_STATISTICS, averages)
+    averages, loss = averages_in(sizes, code_sums, codebook), empty_loss(codebook)
+    quantized, indices, _, rows_in = forward(x, codebook, plan, (rows, None, None), (None, None, None, loss), averages)
     if not codebook.is_inference():
         torch.autograd.graph.increment_version((codebook, sizes, code_sums))  # autograd notices the update by it
     visible = visible_indices(indices, rows_in)
@@ -189,9 +195,9 @@ def _train_step(
 def _weighted_step(
     x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, weights: tuple[float, float]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, int]]:
-    residual_sums = torch.empty_like(codebook)
-    quantized, indices, loss, _, _, rows_in = forward(
-        x, codebook, plan, (rows, None, None), (None, None, residual_sums), {}, weights[0] + weights[1]
+    residual_sums, loss = torch.empty_like(codebook), empty_loss(codebook)
+    quantized, indices, _, rows_in = forward(
+        x, codebook, plan, (rows, None, None), (None, None, residual_sums, loss), {LOSS_WEIGHT: bits(sum(weights))}
     )
     visible = visible_indices(indices, rows_in)
     return (quantized, visible, loss), (indices, residual_sums, rows_in)
@@ -291,9 +297,6 @@ def _lie_as_planned(plan: Plan, x: Tensor, rows: Tensor | None, *others: Tensor 
     return x.is_contiguous() if rows is None else row_strides(rows) == plan.strides
 
 
-ZERO = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
-
-
 def _by_operator(
     ctx: Any,
     saved: Any,
@@ -347,7 +350,7 @@ def _in_one_call(
         on_codes = _of_heads(grad_codebook_loss, plan.heads, ctx.computed)
     array[14], array[15] = on_rows.data_ptr(), on_codes.data_ptr()
     if weights != (1.0, 1.0):
-        (ctypes.c_double * 2).from_buffer(array, 8 * LOSS_WEIGHTS)[:] = [*weights]
+        array[LOSS_WEIGHTS], array[LOSS_WEIGHTS + 1] = bits(weights[0]), bits(weights[1])
     rows_in: Any = ctypes.c_int64(ctx.rows_in)
     if plan.heads > 1:
         rows_in = (ctypes.c_int64 * plan.heads)(*[ctx.rows_in] * plan.heads)

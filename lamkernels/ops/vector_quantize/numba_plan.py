@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numba import carray, njit
+from torch import Tensor
 
 from lamkernels.ops.nearest_code.numba import (
     FLAGS,
@@ -24,18 +25,19 @@ from lamkernels.ops.nearest_code.numba import (
 from lamkernels.ops.parallel import compiled, entry
 from lamkernels.ops.simd import computed_type, stored_type, words
 from lamkernels.ops.vector_quantize.numba import QUANTIZE, nan_and_zero, quantize_chunks, sums_by_chunk
-from lamkernels.ops.vector_quantize.numba_backward import BACKWARD, BACKWARD_CHUNK, ONE, backward, pulls_in_task
+from lamkernels.ops.vector_quantize.numba_backward import BACKWARD, BACKWARD_CHUNK, backward, bits, pulls_in_task
 from lamkernels.validation import GRADIENTS, PRECISIONS
 
-# The parameters behind those of the quantisation: 0 and 1 the two losses over all heads, 2 how many rows are in, 3 the
-# address of the scratch, to which the elements in SCRATCH are relative, 4 whether this call prepares and 5 whether it
-# does the rest. For an EMA update: 6 cluster sizes (H, K) or 0, 7 code sums (H, K, D), 8 codebook (H, K, D), all in the
-# computed type, 9 and 10 the bits of the decay and of ε as fp64. Then 11 the bits of what the first loss is multiplied
-# by, as fp64, 12 whether the EMA is LAPO's, 13 where the perplexity () of the codes, summed over the heads, goes or 0,
-# 14 for each code of one head an int32 (K,) or 0: +1 where it is chosen, 15 such a number in the computed type or 0: +1
-# for each group of as many rows as 16 says in which the code is chosen
+# The parameters behind those of the quantisation: 0 and 1 where the two losses over all heads go, which may be one
+# place, 2 how many rows are in, 3 the address of the scratch, to which the elements in SCRATCH are relative, 4 whether
+# this call prepares and 5 whether it does the rest. For an EMA update: 6 cluster sizes (H, K) or 0, 7 code sums
+# (H, K, D), 8 codebook (H, K, D), all in the computed type, 9 and 10 the bits of the decay and of ε as fp64. Then 11
+# the bits of what the first loss is multiplied by, as fp64, 12 whether the EMA is LAPO's, 13 where the perplexity () of
+# the codes, summed over the heads, goes or 0, 14 for each code of one head an int32 (K,) or 0: +1 where it is chosen,
+# 15 such a number in the computed type or 0: +1 for each group of as many rows as 16 says in which the code is chosen
 ONE_CALL = QUANTIZE + 17
-LOSS_WEIGHT, AVERAGES, LAPO_AVERAGES = QUANTIZE + 11, QUANTIZE + 6, QUANTIZE + 12
+CODEBOOK_LOSS, LOSS_WEIGHT = QUANTIZE + 1, QUANTIZE + 11
+AVERAGES, LAPO_AVERAGES = QUANTIZE + 6, QUANTIZE + 12
 PERPLEXITY, CALLS_USED, GROUPS_USED = QUANTIZE + 13, QUANTIZE + 14, QUANTIZE + 15
 SCRATCH = (7, LOOKUP + 5, LOOKUP + 6, LOOKUP + 7, LOOKUP + 11, LOOKUP + 12, LOOKUP + 13)
 
@@ -168,7 +170,7 @@ class Plan(NamedTuple):
     forward: Any  # ForwardArray and BackwardArray without the addresses
     backward: Any
     scratch: int  # bytes
-    statistics: tuple[int, int, int]  # where in the scratch counts, sums and residual sums are, if nobody wants them
+    unwanted: tuple[int, ...]  # where in the scratch counts, sums, residual sums and the loss go, if nobody wants them
     tasks: int
     work: int
     kernel: Any  # the compiled forward, it as a function of an address, and so the backward
@@ -177,7 +179,7 @@ class Plan(NamedTuple):
     call_backward: Callable[[int], None]
     backward_tasks: int
     strides: Strides | None  # of the rows of x, None where it is contiguous
-    leading: torch.Size  # of the indices
+    indices: Tensor  # like those of a call: zeros that share one entry
     heads: int
     dim: int
     pulls: bool  # whether the backward sums by itself what noise sends to the codes
@@ -228,7 +230,7 @@ def plan(
     for name, nbytes in sizes:
         at[name] = scratch
         scratch += nbytes + -nbytes % 64
-    bits = (ctypes.c_int64 * 2).from_buffer_copy((ctypes.c_double * 2)(*(averaging or (0.0, 0.0))))
+    decay, eps = averaging or (0.0, 0.0)
     forward = ForwardArray(
         0, 0,
         *lookup_parameters(
@@ -236,17 +238,19 @@ def plan(
         ),
         0, 0, size, 0, nan_and_zero(stored).data_ptr(), at["partial sums"], at["partial counts"], at["partial losses"],
         0, 0, 0, at["losses"], at["losses"], at["rows in"], 0, 0, 0, as_x,
-        0, 0, 0, 0, 1, 1, 0, 0, 0, *bits, ONE, 0, 0, 0, 0, 0,
+        0, 0, 0, 0, 1, 1, 0, 0, 0, bits(decay), bits(eps), bits(1.0), 0, 0, 0, 0, 0,
     )  # fmt: skip
     chunk = max(1, BACKWARD_CHUNK // dim)
     backward_array = BackwardArray(
         0, 0, 0, laid.head, laid.row, 0, 0, 0, rows, 0, dim, 0, 0, 0, 0, 0, 0, 0, 0, 0, heads, chunk, 0, 0,
-        metric == "cosine", gradient == "rotation", laid.group, laid.group_stride, laid.entry, ONE, ONE,
+        metric == "cosine", gradient == "rotation", laid.group, laid.group_stride, laid.entry, bits(1.0), bits(1.0),
     )  # fmt: skip
+    unwanted = tuple(at[name] for name in ("counts", "sums", "residual sums", "losses"))
+    indices = torch.zeros((), dtype=torch.int64, device="cpu").expand(shape[:-1])
     kernel, kernel_backward = compiled(_step, stored), compiled(backward, stored)
     return Plan(
-        forward, backward_array, scratch, (at["counts"], at["sums"], at["residual sums"]), tasks,
-        heads * rows * num_codes * dim, kernel, entry(kernel), kernel_backward, entry(kernel_backward),
-        heads * (-(-rows // chunk) + 1), strides, shape[:-1], heads, dim,
+        forward, backward_array, scratch, unwanted, tasks, heads * rows * num_codes * dim,
+        kernel, entry(kernel), kernel_backward, entry(kernel_backward),
+        heads * (-(-rows // chunk) + 1), strides, indices, heads, dim,
         pulls_in_task(rows, num_codes, dim, metric), (metric, gradient),
     )  # fmt: skip

@@ -15,13 +15,14 @@ from torch import Tensor
 from lamkernels.ops.nearest_code.numba import Strides
 from lamkernels.ops.parallel import run
 from lamkernels.ops.vector_quantize.numba import THROUGH
-from lamkernels.ops.vector_quantize.numba_backward import BACKWARD_CHUNK, LOSS_WEIGHTS
+from lamkernels.ops.vector_quantize.numba_backward import BACKWARD_CHUNK, LOSS_WEIGHTS, bits
 from lamkernels.ops.vector_quantize.numba_one_call import (
-    NO_STATISTICS,
+    NOTHING,
     ZERO,
     apply,
     averages_in,
     empty_as,
+    empty_loss,
     forward,
     gradient,
     is_ordinary,
@@ -31,6 +32,7 @@ from lamkernels.ops.vector_quantize.numba_plan import (
     CALLS_USED,
     GROUPS_USED,
     LAPO_AVERAGES,
+    LOSS_WEIGHT,
     PERPLEXITY,
     BackwardArray,
     Plan,
@@ -39,36 +41,38 @@ from lamkernels.ops.vector_quantize.numba_plan import (
 
 
 def noise_step(
-    x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, noise: Tensor, used: Tensor
+    last: Tensor, codebook: Tensor, first: Tensor, plan: Plan, noise: Tensor, used: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`lamkernels.steps.noise_step`."""
-    return apply(NoiseStep, x, codebook, plan, rows, noise, used)  # type: ignore[no-any-return]
+    return apply(NoiseStep, last, codebook, first, plan, noise, used)  # type: ignore[no-any-return]
 
 
 class NoiseStep(torch.autograd.Function):
-    """x, codebook -> quantized, indices, perplexity; adds to ``used``."""
+    """last, codebook, first -> quantized, indices, perplexity; adds to ``used``."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, noise: Tensor, used: Tensor
+        ctx: Any, last: Tensor, codebook: Tensor, first: Tensor, plan: Plan, noise: Tensor, used: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        residual_sums, perplexity = torch.empty_like(codebook), codebook.new_empty(())
+        x, residual_sums, perplexity = last - first, torch.empty_like(codebook), empty_loss(codebook)
         settings = {PERPLEXITY: perplexity.data_ptr(), CALLS_USED: used.data_ptr()}
-        quantized, indices, _, _, codes, ctx.rows_in = forward(
-            x, codebook, plan, (rows, None, noise), (None, None, residual_sums), settings
+        quantized, indices, codes, ctx.rows_in = forward(
+            x, codebook, plan, (None, None, noise), (None, None, residual_sums, None), settings
         )
         visible = visible_indices(indices, ctx.rows_in)
         ctx.plan, ctx.computed = plan, codebook.dtype
         ctx.mark_non_differentiable(visible, perplexity)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, rows, codes, indices, residual_sums, noise)
+        ctx.save_for_backward(x, None, codes, indices, residual_sums, noise)
         return quantized, visible, perplexity
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
         if grad is None:
             return (None,) * 6
-        return *gradient(ctx, grad, None, None), None, None, None, None
+        grad_x, grad_codebook = gradient(ctx, grad, None, None)
+        of_first = -grad_x if grad_x is not None and ctx.needs_input_grad[2] else None
+        return grad_x, grad_codebook, of_first, None, None, None
 
 
 def gradient_step(
@@ -88,8 +92,8 @@ class GradientStep(torch.autograd.Function):
         through = empty_as(x)
         settings = {THROUGH: through.data_ptr()}
         if usage is not None:
-            settings |= {GROUPS_USED: usage.data_ptr(), GROUPS_USED + 1: plan.leading[1:].numel()}
-        codes, indices, _, _, _, rows_in = forward(x, codebook, plan, (rows, None, None), NO_STATISTICS, settings)
+            settings |= {GROUPS_USED: usage.data_ptr(), GROUPS_USED + 1: plan.indices.shape[1:].numel()}
+        codes, indices, _, rows_in = forward(x, codebook, plan, (rows, None, None), NOTHING, settings)
         visible = visible_indices(indices, rows_in)
         ctx.num_codes = codebook.shape[0]
         ctx.mark_non_differentiable(visible)
@@ -131,13 +135,13 @@ class MapStep(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, codebook: Tensor, averages: tuple[Tensor, Tensor] | None, plan: Plan, commitment: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        perplexity = codebook.new_empty(())
-        settings = {PERPLEXITY: perplexity.data_ptr()}
+        perplexity, loss = empty_loss(codebook), empty_loss(codebook)
+        settings = {PERPLEXITY: perplexity.data_ptr(), LOSS_WEIGHT: bits(commitment)}
         if averages is not None:
             settings |= averages_in(*averages, codebook)
             settings[LAPO_AVERAGES] = 1
-        quantized, indices, loss, _, _, rows_in = forward(
-            x, codebook, plan, (None, None, None), NO_STATISTICS, settings, commitment
+        quantized, indices, _, rows_in = forward(
+            x, codebook, plan, (None, None, None), (None, None, None, loss), settings
         )
         if averages is not None and not codebook.is_inference():
             torch.autograd.graph.increment_version((codebook, *averages))  # autograd notices the update by it
@@ -172,6 +176,6 @@ def _pull_to_codes(ctx: Any, x: Tensor, quantized: Tensor, indices: Tensor, grad
     array[14], array[15] = grad_loss.data_ptr(), ZERO[x.dtype].data_ptr()
     rows_in = ctypes.c_int64(rows)
     array[16], array[18], array[20], array[26] = ctypes.addressof(rows_in), grad_x.data_ptr(), 1, 0
-    ctypes.c_double.from_buffer(array, 8 * LOSS_WEIGHTS).value = ctx.commitment
+    array[LOSS_WEIGHTS] = bits(ctx.commitment)
     run(ctx.plan.kernel_backward, ctypes.addressof(array), -(-rows // chunk) + 1, 4 * x.numel())
     return grad_x

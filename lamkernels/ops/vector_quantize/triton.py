@@ -34,6 +34,7 @@ from lamkernels.ops.triton_common import (
     persistent_programs,
     resident_norms,
     rows_in_place,
+    rows_to_scan,
     scan_exactly,
     squared_norm,
     unit_inner,
@@ -49,8 +50,8 @@ NOISE_FLOOR = tl.constexpr(NOISE_EPS)
 @triton.jit
 def vector_quantize_fwd_kernel(
     x: tensor, codebook: tensor, mask: tensor, quantized: tensor, indices: tensor, parts: tensor, part_counts: tensor,
-    part_losses: tensor, noise: tensor, codes: tensor, num_rows: tensor, num_codes: tensor, dim: tensor, x_h: tensor,
-    x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor, c_k: tensor, m_h: tensor, m_n: tensor,
+    part_losses: tensor, noise: tensor, codes: tensor, num_rows: tensor, num_codes: tensor, dim: tl.constexpr,
+    x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor, c_k: tensor, m_h: tensor, m_n: tensor,
     tiles: tensor, programs: tensor,
     L2: tl.constexpr, COSINE: tl.constexpr, NOISE: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr,
     DOT: tl.constexpr, SUM_DOT: tl.constexpr, MASK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
@@ -72,11 +73,11 @@ def vector_quantize_fwd_kernel(
             kept = present & (tl.load(mask + head * m_h + row * m_n, mask=present, other=0) != 0)
         rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
         entry = tl.load(rows[:, None] + d[None, :] * x_d, mask=present[:, None] & (d < dim)[None, :], other=0.0)
-        index, again = nearest_resident(
+        index, scan = nearest_resident(
             entry, codebook, c_k, num_codes, dim, centre, half_norm, limit, L2, CENTRE, NATIVE, DOT, BK, BD
         )
-        again = again & kept
-        if tl.max(again.to(tl.int32), axis=0) > 0:
+        if scan:
+            again = kept & rows_to_scan(entry, centre, limit, dim, L2, CENTRE)
             scanned, _ = scan_exactly(rows, x_d, again, codebook, c_k, num_codes, dim, L2, BN, 16)
             index = tl.where(again, scanned, index)
         index = tl.where(kept, index, -1)
@@ -91,7 +92,9 @@ def vector_quantize_fwd_kernel(
             first, second = unit_scales(rows, x_d, index >= 0, dim, tl.float32, BN, BD)
             wide = wide * first[:, None] * second[:, None]
         residual = tl.where(inside, wide - chosen.to(tl.float32), 0.0)
-        square = squared_norm(residual)
+        square = tl.sum(residual * residual, axis=1).to(tl.float64)
+        if scan:
+            square = squared_norm(residual)
         loss += square
         if NOISE:
             tl.store(codes + place, value, mask=present[:, None] & (d < dim)[None, :])
