@@ -184,7 +184,8 @@ def measure(model: FrameLAM, scene: Scene) -> Row:
 
     def latents(frames: Tensor) -> tuple[Tensor, Tensor | None]:
         found = [
-            model.infer(*(model.pixels(frames[at].to(device)) for at in (t, t + 1))) for t in torch.split(data.pairs, CHUNK)
+            model.infer(*(model.pixels(frames[at].to(device)) for at in (t, t + 1)))
+            for t in torch.split(data.pairs, CHUNK)
         ]
         codes = [part.indices.cpu() for part in found if part.indices is not None]
         return torch.cat([part.z.cpu() for part in found]), torch.cat(codes) if codes else None

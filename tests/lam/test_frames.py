@@ -308,7 +308,7 @@ def test_a_task_whose_transitions_show_their_action():
     assert torch.corrcoef(torch.stack([scene.data.actions[pairs, 0], moved]))[0, 1] > 0.97
     assert set(scene.labels.tolist()) == {0, 1}
     covered = scene.data.masks.double().mean((1, 2)) / 255
-    assert 0 < covered.mean() and covered.max() < 0.1 < scene.region.double().mean()
+    assert covered.mean() > 0 and covered.max() < 0.1 < scene.region.double().mean()
     rows = experiments.rows_of(controls)
     assert len(rows) == 7 and all(math.isfinite(row["leakage_background"]) for row in rows)
     assert ["psnr" in row for row in rows] == [True] + 2 * [True, False, True]
