@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +41,11 @@ class ControlConfig:
         distractors: some of "background", "colour" and "camera".
         dynamic: whether they move within an episode; otherwise they change between episodes.
         videos: a folder of backgrounds; None makes moving ones.
-        views: whether the task's second camera is rendered too, behind it another background.
+        views: whether there are views too.
+        view_kind: "camera": views are from the task's second camera, which has a background and a movement of its own;
+            "scene": from the first again, in a scene where all distractors are others.
+        shadows: False draws neither shadows nor reflections, which take ten times as long as the rest without a GPU.
+        stops: whether all velocities are set to zero before each transition, so that a frame shows the whole state.
     """
 
     domain: str = "cartpole"
@@ -56,12 +61,16 @@ class ControlConfig:
     dynamic: bool = True
     videos: Path | str | None = None
     views: bool = False
+    view_kind: str = "camera"
+    shadows: bool = True
+    stops: bool = False
 
     def __post_init__(self) -> None:
         """Raises TypeError or ValueError where a field has no meaning."""
         for name in ("transitions", "episode", "size", "action_repeat"):
             check_integer(name, getattr(self, name))
         check_option("difficulty", self.difficulty, tuple(SCALES))
+        check_option("view_kind", self.view_kind, ("camera", "scene"))
         for kind in self.distractors:
             check_option("distractors", kind, KINDS)
         if self.mean_hold < 1:
@@ -71,7 +80,8 @@ class ControlConfig:
 class _Eye(NamedTuple):
     """What one camera sees during an episode of T frames."""
 
-    camera: int
+    camera: Any  # dm_control's: a new one for every picture would be most of the time
+    number: int
     backgrounds: Tensor | None  # (T, 3, S, S) uint8
     orbits: Tensor | None  # (T, 8)
 
@@ -94,44 +104,55 @@ def collect(config: ControlConfig) -> ExogenousFrames:
         raise ValueError(f"{config.domain}-{config.task} is no task of dm_control's suite")
     options = {"random": config.seed, "time_limit": float("inf")}  # at its limit it would start over within an episode
     environment = suite.load(config.domain, config.task, task_kwargs=options)
-    physics, spec = environment.physics, environment.action_spec()
-    if config.views and physics.model.ncam < 2:
+    physics, task, spec = environment.physics, environment.task, environment.action_spec()
+    substeps = round(environment.control_timestep() / physics.timestep())
+    cameras = (0, *([int(config.view_kind == "camera")] if config.views else []))
+    if physics.model.ncam <= max(cameras):
         raise ValueError(f"{config.domain}-{config.task} has one camera; views need two")
     generator, policy = torch.Generator().manual_seed(config.seed), np.random.default_rng(config.seed)
     videos = []
     if "background" in config.distractors:
         videos = distractors.background_videos(config.size, VIDEOS[config.difficulty], config.seed, config.videos)
-    cameras = (0, 1) if config.views else (0,)
-    materials = _Materials(physics)
+    materials, agent = _Materials(physics), _Agent(physics)
+    made = [_camera(physics, config.size, number) for number in sorted(set(cameras))]
     frames: list[list[Tensor]] = [[] for _ in cameras]
     states: list[list[Tensor]] = [[] for _ in cameras]
-    actions, starts = [], []
+    actions, starts, masks, places = [], [], [], []
     left = config.transitions
     while left:
         length = min(left, config.episode)
         left -= length
-        eyes = [_eye(config, camera, length + 1, videos, generator) for camera in cameras]
-        colours = None
+        eyes = [_eye(config, made[camera], camera, length + 1, videos, generator) for camera in cameras]
+        colours: list[Tensor | None] = [None for _ in cameras]
         if "colour" in config.distractors:
-            colours = distractors.colour_walk(
-                len(materials.used), length + 1, SCALES[config.difficulty], generator, dynamic=config.dynamic
-            )
+            scenes = 1 + (config.views and config.view_kind == "scene")
+            walks = [_colours(config, len(materials.used), length + 1, generator) for _ in range(scenes)]
+            colours = [walks[min(number, scenes - 1)] for number in range(len(cameras))]
         for number, eye in enumerate(eyes):
-            states[number].append(_state(eye, colours, length + 1))
+            states[number].append(_state(eye, colours[number], length + 1))
         environment.reset()
         action = policy.uniform(spec.minimum, spec.maximum)
         for step in range(length + 1):
-            if colours is not None:
-                materials.change(colours[step].numpy())
-            for number, eye in enumerate(eyes):
-                frames[number].append(_picture(config, physics, eye, step))
+            for number, (eye, own) in enumerate(zip(eyes, colours, strict=True)):
+                if own is not None:
+                    materials.change(own[step].numpy())
+                picture, objects = _picture(config, physics, eye, step)
+                frames[number].append(picture)
+                if number == 0:
+                    masks.append(agent.mask(objects))
+            places.append(agent.places())
             if policy.random() < 1 / config.mean_hold:
                 action = policy.uniform(spec.minimum, spec.maximum)
             last = step == length
             actions.append(torch.zeros(spec.shape[0]) if last else torch.from_numpy(action).float())
             starts.append(step == 0)
-            for _ in range(0 if last else config.action_repeat):
-                environment.step(action)
+            if config.stops:
+                physics.data.qvel[:] = 0
+                physics.forward()
+            for _ in range(0 if last else config.action_repeat):  # without the observations of a step
+                task.before_step(action, physics)
+                physics.step(substeps)
+                task.after_step(physics)
     starts_ = torch.tensor(starts)
     first = torch.cat(states[0])
     return ExogenousFrames(
@@ -142,11 +163,17 @@ def collect(config: ControlConfig) -> ExogenousFrames:
         innovation=distractors.innovations(first, starts_).float(),
         views=torch.stack(frames[1]) if config.views else None,
         view_exogenous=torch.cat(states[1]).float() if config.views else None,
+        masks=torch.stack(masks),
+        places=torch.stack(places),
     )
 
 
 def _suite() -> Any:
     os.environ.setdefault("MUJOCO_GL", "egl")
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module(
+            "triton"
+        )  # it crashes where Mesa, which renders without a GPU, has loaded its LLVM first
     try:
         from dm_control import suite
     except ModuleNotFoundError:
@@ -163,14 +190,25 @@ def _cannot_render(error: Exception) -> str:
     )
 
 
-def _eye(config: ControlConfig, camera: int, frames: int, videos: list[Tensor], generator: torch.Generator) -> _Eye:
+def _camera(physics: Any, size: int, number: int) -> Any:
+    from dm_control.mujoco import Camera
+
+    try:
+        return Camera(physics, size, size, number)
+    except Exception as error:  # what a renderer raises is up to the driver
+        raise RuntimeError(_cannot_render(error)) from error
+
+
+def _eye(
+    config: ControlConfig, camera: Any, number: int, frames: int, videos: list[Tensor], generator: torch.Generator
+) -> _Eye:
     backgrounds = orbits = None
     if "background" in config.distractors:
         backgrounds = distractors.background_walk(videos, frames, generator, dynamic=config.dynamic)
     if "camera" in config.distractors:
         scale, above = SCALES[config.difficulty], config.domain != "reacher"
         orbits = distractors.camera_walk(frames, scale, generator, dynamic=config.dynamic, above=above)
-    return _Eye(camera, backgrounds, orbits)
+    return _Eye(camera, number, backgrounds, orbits)
 
 
 def _state(eye: _Eye, colours: Tensor | None, frames: int) -> Tensor:
@@ -201,40 +239,69 @@ class _Materials:
         self.model.mat_rgba[self.used, :3] = np.clip(self.own + by, 0, 1)
 
 
-def _picture(config: ControlConfig, physics: Any, eye: _Eye, step: int) -> Tensor:
-    size = config.size
+class _Agent:
+    """The bodies that can move."""
+
+    def __init__(self, physics: Any) -> None:
+        self.data = physics.data
+        self.moves = physics.model.body_weldid[physics.model.geom_bodyid] != 0  # by geom
+
+    def mask(self, objects: np.ndarray) -> Tensor:
+        """(S, S) uint8 of what was rendered: 255 where the agent is."""
+        return torch.from_numpy(255 * _seen(objects, self.moves).astype(np.uint8))
+
+    def places(self) -> Tensor:
+        """(m,) float32: the centres of all its parts, metres."""
+        return torch.from_numpy(self.data.geom_xpos[self.moves].astype(np.float32).ravel())
+
+
+def _seen(objects: np.ndarray, geoms: np.ndarray) -> np.ndarray:
+    """(S, S) bool: the pixels of what was rendered that show one of the geoms (G,) bool."""
+    import mujoco
+
+    numbers, kinds = objects[..., 0], objects[..., 1]
+    solid = kinds == int(mujoco.mjtObj.mjOBJ_GEOM)
+    seen: np.ndarray = solid & geoms[np.where(solid, numbers, 0)]
+    return seen
+
+
+def _colours(config: ControlConfig, materials: int, frames: int, generator: torch.Generator) -> Tensor:
+    scale = SCALES[config.difficulty]
+    return distractors.colour_walk(materials, frames, scale, generator, dynamic=config.dynamic)
+
+
+def _picture(config: ControlConfig, physics: Any, eye: _Eye, step: int) -> tuple[Tensor, np.ndarray]:
+    """What the eye sees, (3, S, S) uint8, and the number and kind of the object at each pixel, (S, S, 2)."""
+    left_out = {} if config.shadows else {"shadow": False, "reflection": False}
     with _moved(physics, eye, step):
         try:
-            pixels = physics.render(size, size, camera_id=eye.camera)
-            objects = physics.render(size, size, camera_id=eye.camera, segmentation=True)
+            pixels = eye.camera.render(render_flag_overrides=left_out).copy()
+            objects = eye.camera.render(segmentation=True)
         except Exception as error:  # what a renderer raises is up to the driver
             raise RuntimeError(_cannot_render(error)) from error
-    picture = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    picture = torch.from_numpy(pixels).permute(2, 0, 1)
     if eye.backgrounds is None:
-        return picture
+        return picture, objects
     ground = GROUND.get(config.domain, OTHER_GROUND)
     opacity = torch.from_numpy(_opacity(physics, objects, ground))
-    return distractors.composed(picture, eye.backgrounds[step], opacity)
+    return distractors.composed(picture, eye.backgrounds[step], opacity), objects
 
 
 def _opacity(physics: Any, objects: np.ndarray, ground: float) -> np.ndarray:
     """(S, S) float32 of what was rendered: 0 in the sky, ``ground`` on a plane, 1 elsewhere."""
     import mujoco
 
-    numbers, kinds = objects[..., 0], objects[..., 1]
-    geoms = kinds == int(mujoco.mjtObj.mjOBJ_GEOM)
-    planes = physics.model.geom_type == int(mujoco.mjtGeom.mjGEOM_PLANE)
-    on_plane = geoms & planes[np.where(geoms, numbers, 0)]
-    return np.where(numbers < 0, 0.0, np.where(on_plane, ground, 1.0)).astype(np.float32)
+    on_plane = _seen(objects, physics.model.geom_type == int(mujoco.mjtGeom.mjGEOM_PLANE))
+    return np.where(objects[..., 0] < 0, 0.0, np.where(on_plane, ground, 1.0)).astype(np.float32)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _moved(physics: Any, eye: _Eye, step: int) -> Iterator[None]:
     """Inside, the camera is where its distractor wants it; the next step of the physics puts it back anyway."""
     if eye.orbits is None:
         yield
         return
-    data, camera = physics.data, eye.camera
+    data, camera = physics.data, eye.number
     position, rotation = data.cam_xpos[camera].copy(), data.cam_xmat[camera].copy()
     place, axes = torch.from_numpy(position), torch.from_numpy(rotation).view(3, 3)
     agent = torch.from_numpy(data.subtree_com[0].copy())  # of everything that has mass

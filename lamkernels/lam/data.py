@@ -120,7 +120,10 @@ def load_frames(config: DataConfig, *, folder: Path | None = None, progress: boo
         ModuleNotFoundError: ``ale-py`` or ``safetensors`` is not installed.
     """
     metadata = _expected_metadata(config)
-    name = f"{config.game}-{config.transitions}x{config.size}px-skip{config.frame_skip}-seed{config.seed}.safetensors"
+    name = (
+        f"{config.game}-{config.transitions}x{config.size}px-skip{config.frame_skip}-hold{config.mean_hold:g}-"
+        f"seed{config.seed}.safetensors"
+    )
     path = (folder or cache_folder()) / name
     if path.exists():
         try:

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_TENSORS = (
+    "frames", "actions", "starts", "exogenous", "innovation", "views", "view_exogenous", "masks", "places"
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ExogenousFrames:
@@ -23,6 +27,8 @@ class ExogenousFrames:
         views: (T, C, S, S) uint8, the same moments in front of another background or from another camera; or None.
         view_exogenous: (T, n), the state of that background; or None.
         action_names: of the p columns of ``actions``; empty where they have none.
+        masks: (T, S, S) uint8: how much of each pixel the agent covers, 255 for all of it; or None.
+        places: (T, m) float32: where the parts of the agent are; or None.
 
     Raises:
         TypeError: a field is not a tensor of its dtype.
@@ -37,6 +43,8 @@ class ExogenousFrames:
     views: Tensor | None = None
     view_exogenous: Tensor | None = None
     action_names: tuple[str, ...] = ()
+    masks: Tensor | None = None
+    places: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check("frames", self.frames, torch.uint8, 4)
@@ -47,7 +55,7 @@ class ExogenousFrames:
         _check("exogenous", self.exogenous, torch.float32, 2)
         _check("innovation", self.innovation, torch.float32, 2)
         rows = len(self.frames)
-        for name in ("actions", "starts", "exogenous", "innovation", "views", "view_exogenous"):
+        for name in _TENSORS[1:]:
             value = getattr(self, name)
             if value is not None and len(value) != rows:
                 raise ValueError(f"{name} has {len(value)} rows; it must have one for each of the {rows} frames")
@@ -58,13 +66,21 @@ class ExogenousFrames:
                 if value.shape != wanted.shape:
                     raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be that of {other}, "
                                      f"{tuple(wanted.shape)}")  # fmt: skip
+        if self.masks is not None:
+            _check("masks", self.masks, torch.uint8, 3)
+            if self.masks.shape[1:] != self.frames.shape[2:]:
+                raise ValueError(
+                    f"masks has shape {tuple(self.masks.shape)}; it must be (T, S, S) with the S of frames"
+                )
+        if self.places is not None:
+            _check("places", self.places, torch.float32, 2)
         if not bool(self.starts[0]):
             raise ValueError("starts[0] is False; the first frame must start an episode")
         if self.action_names and len(self.action_names) != self.actions.shape[1]:
             raise ValueError(
                 f"action_names has {len(self.action_names)} names; actions has {self.actions.shape[1]} columns"
             )
-        for name in ("actions", "exogenous", "innovation", "view_exogenous"):
+        for name in ("actions", "exogenous", "innovation", "view_exogenous", "places"):
             value = getattr(self, name)
             if value is not None and not bool(value.isfinite().all()):
                 raise ValueError(f"{name} holds NaN or infinity; every entry must be finite")
@@ -82,7 +98,7 @@ class ExogenousFrames:
     def fingerprint(self) -> str:
         """SHA-256 of all tensors, in the order of the attributes."""
         digest = hashlib.sha256()
-        for name in ("frames", "actions", "starts", "exogenous", "innovation", "views", "view_exogenous"):
+        for name in _TENSORS:
             value = getattr(self, name)
             if value is not None:
                 digest.update(f"{name} {tuple(value.shape)} ".encode())

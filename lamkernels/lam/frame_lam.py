@@ -1,4 +1,4 @@
-"""A small latent action model of frames with the bottlenecks of :mod:`vector_lam`, for experiments by the hundred.
+"""A small latent action model of frames with the bottlenecks of :mod:`bottlenecks`, for experiments by the hundred.
 
 The reference :class:`lamkernels.lam.LatentActionModel` sums its encoder over the picture and weighs what moves, so it
 is half a remedy by itself. This one has nothing of the kind: what it encodes, its objectives decide.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamkernels.lam.vector_lam import BOTTLENECKS
+from lamkernels.lam.bottlenecks import BOTTLENECKS
 from lamkernels.validation import check_integer, check_option, check_positive
 
 
@@ -25,7 +25,7 @@ class FrameLAMConfig:
         size: S of the frames, pixels; a multiple of 4.
         channels: C of the frames.
         latent_dim: k.
-        bottleneck: of :data:`lamkernels.lam.vector_lam.BOTTLENECKS`.
+        bottleneck: of :data:`lamkernels.lam.bottlenecks.BOTTLENECKS`.
         codebook_size: K, of the bottlenecks that have codes.
         width: channels of the first convolution; the second has twice, the layers eight times as many.
     """
@@ -116,10 +116,24 @@ class FrameLAM(nn.Module):
 
     def infer(self, frame: Tensor, next_frame: Tensor) -> Latent:
         """The latent action between two frames (B, C, S, S), in units of the model."""
-        seen = torch.cat([frame, next_frame, (next_frame - frame)], 1)
-        before = self.norm(self.head(self.encoder(seen).flatten(1)))
+        before = self.norm(self._hidden(frame, next_frame))
         z, indices, loss = self.bottleneck(before)
         return Latent(before, z, indices, loss)
+
+    def before_bottleneck(self, frame: Tensor, next_frame: Tensor) -> Tensor:
+        """What goes into the bottleneck, (B, k), in training normalised over these frames; no state changes.
+
+        :meth:`infer` of frames that are no data, such as augmented ones, would move the moments that evaluation
+        normalises with, and a codebook that is learned by moving averages.
+        """
+        norm = self.norm
+        moments = (None, None) if self.training else (norm.running_mean, norm.running_var)
+        return F.batch_norm(self._hidden(frame, next_frame), *moments, training=self.training, eps=norm.eps)
+
+    def _hidden(self, frame: Tensor, next_frame: Tensor) -> Tensor:
+        seen = torch.cat([frame, next_frame, (next_frame - frame)], 1)
+        hidden: Tensor = self.head(self.encoder(seen).flatten(1))
+        return hidden
 
     def decode(self, frame: Tensor, z: Tensor) -> Tensor:
         """The next frame (B, C, S, S) under z (B, k), in units of the model."""

@@ -1,15 +1,15 @@
 """Measures of a latent action on frames whose exogenous state is known.
 
 Leakage and recovery are those of :mod:`linear_metrics`, given o. A frame has too many entries to regress on, so "o"
-stands for what of it can matter: the picture at a quarter of the pixels, the agent's region whole, and the exogenous
-state itself. The same z is also read by a probe on random features, because a sprite that moves is not linear in pixels
-and a network may encode its motion in terms of where it is.
+stands for what of it can matter: the picture at a quarter of the pixels, where the agent is (the pixels of its region,
+or its coordinates), and the exogenous state itself. The same z is also read by a probe on random features, because a
+sprite that moves is not linear in pixels and a network may encode its motion in terms of where it is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,56 +45,65 @@ class Latents:
 
 
 def leakage_and_recovery(
-    data: ExogenousFrames, latents: Latents, direction: Tensor, region: Tensor, split: int
+    data: ExogenousFrames,
+    latents: Latents,
+    direction: Tensor,
+    place: Tensor,
+    split: int,
+    kinds: Mapping[str, slice] | None = None,
 ) -> Rows:
     """How much of ε and of the action z says given o, by probes on held-out transitions.
 
     Args:
         data: frames.
         latents: of ``data.pairs``.
-        direction: (p,): the entry of the action that is asked for, such as one way against the other.
-        region: (S, S) bool, where the agent is.
+        direction: (p, m): what of the action is asked for, such as one way against the other.
+        place: (T, d) float: where the agent is, such as the pixels of its region.
         split: probes are fitted on the pairs before it and tested on those behind.
+        kinds: entries of ε that are asked for alone too, by name.
 
     Returns:
         "leakage" and "recovery", :func:`lamkernels.lam.linear_metrics.probe_r2`; "leakage_features" and
         "recovery_features", the same with random features of o in the place of o, and of z and o in that of z; and with
-        views "inconsistency", of z in front of two backgrounds.
+        views "inconsistency", of z in front of two backgrounds; "leakage_NAME" of each kind.
     """
     pairs = data.pairs
     pixels = data.frames[pairs].float() / 255
-    agent = pixels[:, :, region].flatten(1)
+    agent = place[pairs]
     o = torch.cat([F.avg_pool2d(pixels, 2).flatten(1), agent, data.exogenous[pairs] / 255], 1)
-    a, eps = (data.actions[pairs] @ direction)[:, None], data.innovation[pairs]
+    a, eps = data.actions[pairs] @ direction, data.innovation[pairs]
     z = latents.z - latents.z[:split].mean(0)
     z = z / z[:split].std().clamp(min=1e-6)
-    place = agent - agent[:split].mean(0)
-    place = place / place[:split].std().clamp(min=1e-6)
-    both = torch.cat([0.3 * place, z], 1)
+    where = agent - agent[:split].mean(0)
+    where = where / where[:split].std().clamp(min=1e-6)
+    both = torch.cat([0.3 * where, z], 1)
     plain = {"o": o, "z": z}
     rich = {
-        "o": torch.cat([o, random_features(place, FEATURES, 0.3)], 1),
+        "o": torch.cat([o, random_features(where, FEATURES, 0.3)], 1),
         "z": torch.cat([z, random_features(both, FEATURES, 1.0), random_features(z, FEATURES // 6, 1.0)], 1),
     }
+    asked = {"a": a, "eps": eps, **{name: eps[:, entries] for name, entries in (kinds or {}).items()}}
     found: Rows = {}
     for suffix, blocks, l2, rtol in (
         ("", plain, 1e-4, RTOL),
         ("_features", rich, PENALTY, SMALLEST),
     ):
         train, test = (
-            SampleMoments(**{name: block[part] for name, block in {**blocks, "a": a, "eps": eps}.items()})
+            SampleMoments(**{name: block[part] for name, block in {**blocks, **asked}.items()})
             for part in (slice(split), slice(split, None))
         )
         found |= {
             f"leakage{suffix}": probe_r2(train, test, "eps", l2=l2, rtol=rtol),
             f"recovery{suffix}": probe_r2(train, test, "a", l2=l2, rtol=rtol),
         }
+        if not suffix:
+            found |= {f"leakage_{name}": probe_r2(train, test, name, l2=l2, rtol=rtol) for name in kinds or {}}
     if latents.view is not None and data.views is not None:
-        found["inconsistency"] = _inconsistency(data, latents, region, split)
+        found["inconsistency"] = _inconsistency(data, latents, place, split)
     return found
 
 
-def _inconsistency(data: ExogenousFrames, latents: Latents, region: Tensor, split: int) -> float:
+def _inconsistency(data: ExogenousFrames, latents: Latents, place: Tensor, split: int) -> float:
     assert data.views is not None and data.view_exogenous is not None and latents.view is not None
     blocks = {"z": latents.z[split:], "z_view": latents.view[split:]}
     pairs = data.pairs[split:]
@@ -103,8 +112,7 @@ def _inconsistency(data: ExogenousFrames, latents: Latents, region: Tensor, spli
         ("o_view", data.views, data.view_exogenous),
     ):
         pixels = frames[pairs].float() / 255
-        agent = pixels[:, :, region].flatten(1)
-        blocks[name] = torch.cat([F.avg_pool2d(pixels, 2).flatten(1), agent, state[pairs] / 255], 1)
+        blocks[name] = torch.cat([F.avg_pool2d(pixels, 2).flatten(1), place[pairs], state[pairs] / 255], 1)
     return pair_inconsistency(SampleMoments(**blocks))
 
 

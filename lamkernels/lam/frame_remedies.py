@@ -39,7 +39,8 @@ REMEDIES = (
     "augmentation",
     "decorrelation",
 )
-WITHOUT_DECODER = ("agent region", "multi-step inverse", "temporal consistency")
+OF_MASKS = tuple("agent mask" if remedy == "agent region" else remedy for remedy in REMEDIES)  # where the agent has one
+WITHOUT_DECODER = ("agent region", "agent mask", "multi-step inverse", "temporal consistency")
 
 
 class Region(nn.Module):
@@ -66,18 +67,21 @@ def train_with_remedy(
     region: Tensor,
     model_config: FrameLAMConfig,
     config: TrainingConfig,
+    device: torch.device | str = "cpu",
 ) -> FrameLAM:
     """A model of the frames, trained under one remedy.
 
     Args:
-        remedy: of :data:`REMEDIES`. "none" reconstructs pixels. "action supervision", "10 % labelled", "optical flow"
-            (of the agent's region), "augmentation" and "decorrelation" add an objective to that. "cross-view" and those
-            of :data:`WITHOUT_DECODER` replace it; the latter leave the model's decoder as it was initialised.
-        data: frames, with views for "cross-view".
+        remedy: of :data:`REMEDIES` or :data:`OF_MASKS`. "none" reconstructs pixels. "action supervision", "10 %
+            labelled", "optical flow" (of the agent alone), "augmentation" and "decorrelation" add an objective to that.
+            "cross-view" and those of :data:`WITHOUT_DECODER` replace it; the latter leave the model's decoder as it was
+            initialised.
+        data: frames, with views for "cross-view" and masks for "agent mask".
         rows: (N,) int64, the t of the transitions to train on.
         region: (S, S) bool, the agent's.
         model_config: shape of the model.
         config: of the training.
+        device: where to train.
 
     Returns:
         The model, in evaluation mode.
@@ -86,12 +90,13 @@ def train_with_remedy(
         config = replace(config, label_share=LABEL_SHARE)
     if remedy == "multi-step inverse":
         config = replace(config, horizon=HORIZON)
-    flow = region_flow(data, region) if remedy == "optical flow" else None
+    flow = agent_flow(data, region) if remedy == "optical flow" else None
+    features = mask_features(data, rows) if remedy == "agent mask" else None
 
     def objectives(model: FrameLAM, batches: Batches) -> Weighted:
         return _objectives(remedy, data, region, model, batches, config)
 
-    return train_frame_lam(data, rows, model_config, config, objectives, flow=flow)
+    return train_frame_lam(data, rows, model_config, config, objectives, flow=flow, features=features, device=device)
 
 
 def _objectives(
@@ -108,6 +113,8 @@ def _objectives(
         return [*pixels, (WEIGHT / batches.flow.shape[1], FlowConstraint(entries, k, batches.flow.shape[1]))]
     if remedy == "agent region":
         return [(1.0, FeatureReconstruction(int(region.sum()) * shape.channels, k, Region(region)))]
+    if remedy == "agent mask":
+        return [(1.0, FeatureReconstruction(shape.size**2, k))]
     if remedy == "multi-step inverse":
         inverse = MultiStepInverse(embedding(shape), FEATURES, p)
         train_representation(model, inverse, batches, config)
@@ -129,15 +136,28 @@ def embedding(config: FrameLAMConfig) -> nn.Sequential:
     return nn.Sequential(convolutions(config.channels, config.width), nn.Flatten(), nn.Linear(entries, FEATURES))
 
 
-def region_flow(data: ExogenousFrames, region: Tensor) -> Tensor:
-    """Optical flow from each frame to the next in the agent's region, (T, 2 · pixels), 0 where an episode ends.
+def mask_features(data: ExogenousFrames, rows: Tensor) -> Tensor:
+    """The agent's masks, (T, S²) float: the mean over rows (N,) int64 taken off, in units of the standard deviation."""
+    assert data.masks is not None
+    masks = data.masks.flatten(1).float()
+    masks = masks - masks[rows].mean(0)
+    return masks / masks[rows].square().mean().sqrt().clamp(min=1e-6)
 
-    Everything outside of the region, and the median picture inside, is blanked out first, because the windows of a flow
-    reach beyond it and see the background. In units of its root mean square: displacements depend on the size of the
-    frames. Always by Farneback's method, so that one seed gives the same numbers with and without OpenCV.
+
+def agent_flow(data: ExogenousFrames, region: Tensor) -> Tensor:
+    """Optical flow of the agent from each frame to the next, in its region, (T, 2 · pixels), 0 where an episode ends.
+
+    Of masks, where the agent has them. Without, everything outside of the region, and the median picture inside, is
+    blanked out first, because the windows of a flow reach beyond it and see the background. In units of its root mean
+    square: displacements depend on the size of the frames. Always by Farneback's method, so that one seed gives the
+    same numbers with and without OpenCV.
     """
     flow = torch.zeros(len(data.frames), 2 * int(region.sum()))
-    pairs, grey = data.pairs, data.frames.float().mean(1)
-    grey = (grey - grey.median(0).values) * region
+    pairs = data.pairs
+    if data.masks is None:
+        grey = data.frames.float().mean(1)
+        grey = (grey - grey.median(0).values) * region
+    else:
+        grey = data.masks.float()
     flow[pairs] = optical_flow(grey[pairs], grey[pairs + 1], "farneback")[:, :, region].flatten(1)
     return flow / flow[pairs].square().mean().sqrt().clamp(min=1e-6)

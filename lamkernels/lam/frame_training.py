@@ -52,6 +52,7 @@ class Batches:
         rows: (N,) int64, the t of all transitions; the first ``label_share`` of them are labelled.
         config: of the training.
         flow: (T, f) float, by frame; None where no objective needs it.
+        features: (T, d) float, the same.
     """
 
     def __init__(
@@ -61,10 +62,13 @@ class Batches:
         rows: Tensor,
         config: TrainingConfig,
         flow: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> None:
-        self.frames = model.pixels(data.frames)
-        self.views = None if data.views is None else model.pixels(data.views)
-        self.actions, self.rows, self.flow, self.horizon = data.actions, rows, flow, config.horizon
+        self.device = device = model.mean.device
+        self.frames = model.pixels(data.frames.to(device))
+        self.views = None if data.views is None else model.pixels(data.views.to(device))
+        self.flow, self.features = (None if known is None else known.to(device) for known in (flow, features))
+        self.actions, self.rows, self.horizon = data.actions.to(device), rows, config.horizon
         self.labelled = round(config.label_share * len(rows))
         followed = torch.zeros(len(data.frames), dtype=torch.bool)
         followed[data.ahead(config.horizon)] = True
@@ -74,7 +78,7 @@ class Batches:
         """A batch at random; ``ahead`` draws among the transitions that the horizon does not lead out of."""
         allowed = self.followed[self.rows].nonzero().squeeze(1) if ahead else torch.arange(len(self.rows))
         chosen = allowed[torch.randint(len(allowed), (size,))]
-        t = self.rows[chosen]
+        t = self.rows[chosen].to(self.device)
         return Batch(
             self.frames[t],
             self.frames[t + 1],
@@ -82,8 +86,10 @@ class Batches:
             None if self.views is None else self.views[t + 1],
             ahead=self.frames[t + self.horizon] if ahead else None,
             action=self.actions[t],
-            labelled=chosen < self.labelled,
+            labelled=(chosen < self.labelled).to(self.device),
             flow=None if self.flow is None else self.flow[t],
+            features=None if self.features is None else self.features[t],
+            next_features=None if self.features is None else self.features[t + 1],
         )
 
 
@@ -95,12 +101,15 @@ def train_frame_lam(
     objectives: Callable[[FrameLAM, Batches], Weighted] | None = None,
     *,
     flow: Tensor | None = None,
+    features: Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> FrameLAM:
     """Minimises the objectives and the bottleneck's loss with Adam; frames are first centred and scaled.
 
     The mean picture is taken off and one number divides the rest, the standard deviation of what is left: without it
     the few pixels that move are so small that a network learns nothing for hundreds of steps. Squared errors keep their
-    proportions, so it changes no minimum. With one thread the same seed gives the same bits.
+    proportions, so it changes no minimum. On a CPU with one thread the same seed gives the same bits; weights start and
+    batches are drawn alike on every device.
 
     Args:
         data: frames.
@@ -110,6 +119,8 @@ def train_frame_lam(
         objectives: made for a model and its batches, after the seed is set; :func:`pixel_reconstruction` alone by
             default.
         flow: (T, f) float, what moved from each frame to the next.
+        features: (T, d) float, of each frame, for an objective that takes precomputed ones.
+        device: where the model, and all frames, are kept.
 
     Returns:
         The model, in evaluation mode.
@@ -117,14 +128,15 @@ def train_frame_lam(
     Raises:
         ValueError: no pixel varies.
     """
-    with torch.random.fork_rng(devices=[]):
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         known = data.frames[rows].float() / 255
         mean = known.mean(0)
         scale = float((known - mean).square().mean().sqrt())
         check_positive("the standard deviation of the frames", scale)
-        model = FrameLAM(model_config, mean, scale)
-        batches = Batches(data, model, rows, config, flow)
+        model = FrameLAM(model_config, mean, scale).to(device)
+        batches = Batches(data, model, rows, config, flow, features)
         weighted: Weighted = [(1.0, pixel_reconstruction)] if objectives is None else objectives(model, batches)
         minimise(model, weighted, batches, config)
     return model.eval()
@@ -133,12 +145,18 @@ def train_frame_lam(
 def minimise(model: FrameLAM, weighted: Weighted, batches: Batches, config: TrainingConfig) -> None:
     """Adam on the model and on what the objectives have in weights, ``config.steps`` times."""
     modules = nn.ModuleList([model, *(objective for _, objective in weighted if isinstance(objective, nn.Module))])
-    _descend(modules, lambda: total_loss(Step(model, batches.draw(config.batch_size)), weighted), config)
+    _descend(
+        modules.to(batches.device), lambda: total_loss(Step(model, batches.draw(config.batch_size)), weighted), config
+    )
 
 
 def train_representation(model: FrameLAM, objective: nn.Module, batches: Batches, config: TrainingConfig) -> None:
     """The same on one objective alone, that of a representation: the model is not trained and has no loss."""
-    _descend(objective, lambda: objective(Step(model, batches.draw(config.batch_size, ahead=True))), config)
+    _descend(
+        objective.to(batches.device),
+        lambda: objective(Step(model, batches.draw(config.batch_size, ahead=True))),
+        config,
+    )
 
 
 def _descend(modules: nn.Module, loss_of_a_batch: Callable[[], Tensor], config: TrainingConfig) -> None:

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from lamkernels.lam import commands, nonlinear_figures
 from lamkernels.lam.blocks import SampleMoments
+from lamkernels.lam.bottlenecks import BOTTLENECKS
 from lamkernels.lam.journal import kept_rows, write_experiments
 from lamkernels.lam.linear import LinearLAM
 from lamkernels.lam.linear_experiments import Controls, Data, Row, measure, weakest
 from lamkernels.lam.linear_metrics import pair_inconsistency, probe_r2
 from lamkernels.lam.multi_step import multi_step_projection
-from lamkernels.lam.vector_lam import BOTTLENECKS, Transitions, VectorLAM, train_vector_lam
+from lamkernels.lam.vector_lam import Transitions, VectorLAM, train_vector_lam
 
 REMEDIES = ("none", "action supervision", "10 % labelled", "optical flow", "representation", "multi-step", "cross-view")
 

@@ -15,8 +15,11 @@ MODELS = {  # bottleneck: line, marker, name
     "none": ("--", "o", "network, continuous"),
     "gaussian": ("--", "v", "Gaussian"),
     "vq": ("-.", "s", "VQ, straight-through"),
+    "gradient": ("-.", "<", "VQ, learned by gradient"),
     "rotation": ("-.", "D", "VQ, rotation"),
     "noise": ("-.", "P", "VQ, noise"),
+    "residual": ("-.", "X", "VQ, residual"),
+    "simvq": ("-.", ">", "SimVQ"),
     "fsq": (":", "^", "FSQ"),
 }
 

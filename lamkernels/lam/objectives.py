@@ -95,6 +95,9 @@ class FrameModel(Protocol):
     def infer(self, frame: Tensor, next_frame: Tensor) -> Latent:
         """The latent action between two frames."""
 
+    def before_bottleneck(self, frame: Tensor, next_frame: Tensor) -> Tensor:
+        """What goes into the bottleneck, (B, k), normalised as by ``infer``; no state of the model changes."""
+
     def decode(self, frame: Tensor, z: Tensor) -> Tensor:
         """The next frame under a latent action (B, k)."""
 
@@ -103,7 +106,7 @@ class Step:
     """A model on a batch; what several objectives need is computed once, and only if one of them does.
 
     Args:
-        model: has ``infer`` and ``decode``.
+        model: has ``infer``, ``before_bottleneck`` and ``decode``.
         batch: of transitions.
     """
 
@@ -305,8 +308,8 @@ class AugmentationConsistency:
         self.augment = Shading() if augment is None else augment
 
     def __call__(self, step: Step) -> Tensor:
-        changed = step.model.infer(*map(self.augment, (step.batch.frame, step.batch.next_frame)))
-        return F.mse_loss(changed.before, step.latent.before)
+        changed = step.model.before_bottleneck(*map(self.augment, (step.batch.frame, step.batch.next_frame)))
+        return F.mse_loss(changed, step.latent.before)
 
 
 class Shading:

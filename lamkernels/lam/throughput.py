@@ -187,3 +187,7 @@ def table(results: dict[str, Any]) -> str:
     lines.append(f"{'whole step':18}" + "".join(whole))
     lines.append("pairs per second: " + ", ".join(f"{name} {v['pairs_per_s']:.0f}" for name, v in variants.items()))
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamkernels.lam.model import GaussianBottleneck, NoBottleneck
-from lamkernels.nn import FSQ, VectorQuantize
+from lamkernels.lam.bottlenecks import BOTTLENECKS
 from lamkernels.validation import check_integer, check_option, check_positive, check_weight
-
-COMMITMENT = 0.25  # weight of the commitment loss (van den Oord et al. 2017)
-
-
-def _vq(gradient: str) -> Callable[[int, int], nn.Module]:
-    def make(dim: int, codebook_size: int) -> nn.Module:
-        return VectorQuantize(
-            dim, codebook_size, decay=0.95, init="kmeans", dead_code_threshold=1.0, commitment_weight=COMMITMENT,
-            gradient=gradient,  # type: ignore[arg-type]
-        )  # fmt: skip
-
-    return make
-
-
-def _fsq(dim: int, codebook_size: int) -> nn.Module:
-    levels = max(2, round(codebook_size ** (1 / dim)))
-    return FSQ([levels] * dim, symmetric=levels == 2)
-
-
-BOTTLENECKS: dict[str, Callable[[int, int], nn.Module]] = {
-    "none": lambda dim, _: NoBottleneck(),
-    "gaussian": lambda dim, _: GaussianBottleneck(dim, 1e-2),
-    "vq": _vq("ste"),
-    "rotation": _vq("rotation"),
-    "noise": _vq("noise"),
-    "fsq": _fsq,
-}
 
 
 class VectorLAM(nn.Module):
@@ -50,8 +21,8 @@ class VectorLAM(nn.Module):
     Args:
         dim: d, of o and o'.
         latent_dim: k.
-        bottleneck: "none", "gaussian", "vq" (straight-through), "rotation", "noise", or "fsq".
-        codebook_size: K, codes of the VQ bottlenecks; FSQ has the next grid of k columns.
+        bottleneck: of :data:`lamkernels.lam.bottlenecks.BOTTLENECKS`.
+        codebook_size: K, codes; FSQ has the next grid of k columns, a residual quantiser √K codes for each stage.
         hidden: width of the hidden layers.
         target_dim: of what is predicted; d by default.
         auxiliary_dim: p, of what a linear map of (c, z) predicts besides, such as the action; 0 for none.

@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,9 +43,10 @@ def test_a_lost_life_ends_an_episode():
 def test_the_cache_returns_what_was_collected(tmp_path, monkeypatch):
     monkeypatch.setenv("LAMKERNELS_CACHE", str(tmp_path))
     first = load_frames(SMALL)
+    load_frames(replace(SMALL, mean_hold=3.0))  # has a file of its own
     monkeypatch.setattr(data, "collect", lambda *_, **__: pytest.fail("collected although the cache was sound"))
     assert equal(first, load_frames(SMALL))
-    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+    assert [path.suffix for path in tmp_path.iterdir()] == 2 * [".safetensors"]
 
 
 def test_a_damaged_cache_is_collected_again(tmp_path, caplog):

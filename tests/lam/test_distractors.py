@@ -101,6 +101,7 @@ def test_what_is_opaque_hides_the_background():
         ({"distractors": ("noise",)}, "distractors is 'noise'"),
         ({"transitions": 0}, "transitions is 0"),
         ({"mean_hold": 0.5}, "mean_hold is 0.5"),
+        ({"view_kind": "both"}, "view_kind is 'both'; it must be one of 'camera', 'scene'"),
     ],
 )
 def test_wrong_options_are_named(options, message):
@@ -132,6 +133,14 @@ def test_a_task_behind_distractors():
     assert not torch.equal(all_of_them.exogenous[:, :16], all_of_them.view_exogenous[:, :16])
     again = rendered(views=True)
     assert again.fingerprint() == all_of_them.fingerprint()
+
+    scenes = rendered(views=True, view_kind="scene")
+    assert not (scenes.exogenous == scenes.view_exogenous)[scenes.starts, : colours.stop].any()
+    assert torch.equal(scenes.places, plain.places) and plain.places.shape[1] % 3 == 0
+    moved = plain.masks.float().mean((1, 2))
+    assert moved.min() > 0 and moved.max() < 255 * 0.3
+    behind = (scenes.masks[0] == 0) & (plain.masks[0] == 0)
+    assert (scenes.frames[0] != plain.frames[0]).any(0)[behind].double().mean() > 0.5
 
 
 def test_each_distractor_changes_what_it_should():

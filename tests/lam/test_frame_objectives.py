@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lamkernels.lam.bottlenecks import BOTTLENECKS
 from lamkernels.lam.exogenous import ExogenousFrames
 from lamkernels.lam.frame_lam import FrameLAM, FrameLAMConfig
-from lamkernels.lam.frame_remedies import Region, region_flow, train_with_remedy
+from lamkernels.lam.frame_remedies import Region, agent_flow, train_with_remedy
 from lamkernels.lam.frame_training import Batches, TrainingConfig
 from lamkernels.lam.objectives import (
     ActionSupervision,
@@ -28,7 +29,6 @@ from lamkernels.lam.objectives import (
     pixel_reconstruction,
     total_loss,
 )
-from lamkernels.lam.vector_lam import BOTTLENECKS
 
 B, K, P, D = 6, 2, 3, 5
 
@@ -145,6 +145,17 @@ def test_augmentation_and_decorrelation(step):
     assert agree(decorrelation(step), (covariance - covariance.diag().diag()).square().sum() / K, step).any()
 
 
+def test_augmented_frames_move_neither_moments_nor_a_codebook(step):
+    model = FrameLAM(FrameLAMConfig(8, latent_dim=K, bottleneck="vq", codebook_size=3, width=2)).double()
+    own = Step(model, step.batch)
+    assert own.latent.indices is not None  # what the batch itself moves is moved
+    state = copy.deepcopy(model.state_dict())
+    AugmentationConsistency(torch.square)(own).backward()
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    frames = step.batch.frame, step.batch.next_frame
+    torch.testing.assert_close(model.eval().before_bottleneck(*frames), model.infer(*frames).before)
+
+
 def test_a_remedy_is_a_weighted_sum(step):
     expected = step.latent.loss + 2.0 * pixel_reconstruction(step) + 0.5 * decorrelation(step)
     torch.testing.assert_close(total_loss(step, [(2.0, pixel_reconstruction), (0.5, decorrelation)]), expected)
@@ -188,12 +199,12 @@ def test_batches_are_the_transitions_they_name(falling):
 def test_the_flow_of_a_region_stops_at_its_border(falling):
     region = torch.zeros(8, 8, dtype=torch.bool)
     region[5] = True
-    flow = region_flow(falling, region)
+    flow = agent_flow(falling, region)
     assert flow.shape == (600, 16) and not flow[99].any()
     assert flow[falling.pairs].square().mean() == pytest.approx(1.0, rel=1e-4)
     black = ExogenousFrames(falling.frames * region, *(getattr(falling, n) for n in ("actions", "starts", "exogenous",
                                                                                      "innovation")))  # fmt: skip
-    torch.testing.assert_close(region_flow(black, region), flow)
+    torch.testing.assert_close(agent_flow(black, region), flow)
 
 
 @pytest.mark.parametrize("bottleneck", BOTTLENECKS)

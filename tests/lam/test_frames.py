@@ -10,6 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from lamkernels.lam import frame_experiments as experiments
+from lamkernels.lam import frame_scenes
+from lamkernels.lam.data import resize
 from lamkernels.lam.exogenous import ExogenousFrames
 from lamkernels.lam.flow import optical_flow
 from lamkernels.lam.frame_metrics import (
@@ -22,6 +24,7 @@ from lamkernels.lam.frame_metrics import (
     psnr,
 )
 from lamkernels.lam.frame_remedies import REMEDIES
+from lamkernels.lam.frame_scenes import GameData, TaskData
 from lamkernels.lam.overlay import (
     AGENT,
     DIRECTION,
@@ -33,7 +36,7 @@ from lamkernels.lam.overlay import (
     waves,
 )
 
-DIRECTIONS = torch.tensor(DIRECTION["pong"])
+DIRECTIONS = torch.tensor(DIRECTION["pong"])[:, None]
 
 
 def test_the_waves_are_orthogonal_and_of_one_grey_level():
@@ -77,7 +80,7 @@ def test_one_seed_the_same_bytes(moving_square):
 def test_the_noise_correlates_with_the_action_as_asked(moving_square, coupling):
     data = overlay(moving_square, OverlayConfig(strength=2.0, coupling=coupling))
     played = data.actions[data.pairs] @ DIRECTIONS
-    found = torch.corrcoef(torch.cat([played[None], data.innovation[data.pairs].mT]))[0, 1:]
+    found = torch.corrcoef(torch.cat([played.mT, data.innovation[data.pairs].mT]))[0, 1:]
     assert found[0] == pytest.approx(coupling, abs=1e-4 if abs(coupling) == 1 else 0.15)
     assert found[1:].abs().max() < 0.2
 
@@ -124,17 +127,19 @@ def test_the_probes_find_what_is_there_given_o_and_not_o_itself(moving_square):
         data, frames=data.frames[:, :, ::4, ::4].contiguous(), views=data.views[:, :, ::4, ::4].contiguous()
     )
     t, split = data.pairs, 3 * len(data.pairs) // 4
-    played, noise = (data.actions[t] @ DIRECTIONS)[:, None], data.innovation[t]
+    played, noise = data.actions[t] @ DIRECTIONS, data.innovation[t]
+    place = small.frames[:, :, region].flatten(1) / 255
     state = data.exogenous[t, :1]
 
     def found(z, view=None, split=split):
-        return leakage_and_recovery(small, Latents(z, view), DIRECTIONS, region, split)
+        return leakage_and_recovery(small, Latents(z, view), DIRECTIONS, place, split, {"first": slice(1)})
 
     agent = found(played + 3 * state, played)  # o may be added to z
     assert agent["recovery"] > 0.99 and abs(agent["leakage"]) < 0.1
     leaking = found(noise, noise.flip(0))
     assert leaking["leakage"] > 0.99 and leaking["recovery"] < 0.1
-    assert found(noise[:, :1])["leakage"] == pytest.approx(1 / 2.2, abs=0.15)
+    one = found(noise[:, :1])
+    assert one["leakage"] == pytest.approx(1 / 2.2, abs=0.15) and one["leakage_first"] > 0.99
     assert found(played, played, 30)["inconsistency"] < 0.2  # two regressions on few rows
     assert found(noise, noise.flip(0), 30)["inconsistency"] == pytest.approx(1.0, abs=0.3)
 
@@ -143,15 +148,13 @@ def test_the_probe_on_features_reads_an_action_whose_sign_depends_on_the_place()
     generator = torch.Generator().manual_seed(0)
     count = 2000
     frames = torch.randint(256, (count, 1, 8, 8), generator=generator).to(torch.uint8)
-    region = torch.zeros(8, 8, dtype=torch.bool)
-    region[4, 4] = True
     played = torch.randint(3, (count,), generator=generator)
     starts = torch.arange(count) == 0
     state, noise = torch.randn(2, count, 2, generator=generator)
     data = ExogenousFrames(frames, F.one_hot(played, 3).float(), starts, state, noise)
     side = torch.where(frames[:, 0, 4, 4] > 127, 1.0, -1.0)
-    z = ((data.actions @ DIRECTIONS) * side)[data.pairs, None]
-    found = leakage_and_recovery(data, Latents(z), DIRECTIONS, region, 1500)
+    z = ((data.actions @ DIRECTIONS) * side[:, None])[data.pairs]
+    found = leakage_and_recovery(data, Latents(z), DIRECTIONS, frames[:, 0, 4, 4:5] / 255, 1500)
     assert found["recovery"] < 0.1 < 0.5 < found["recovery_features"]
     assert max(found["leakage"], found["leakage_features"]) < 0.05
 
@@ -228,7 +231,7 @@ def test_the_flow_is_the_motion(method):
 
 
 TINY = experiments.FrameControls(
-    game="pong", size=16, ratio=(1.0, 4.0), width=2, seeds=(0, 1), bottlenecks=("none", "vq"),
+    GameData("pong", size=16, ratio=(1.0, 4.0)), width=2, seeds=(0, 1), bottlenecks=("none", "vq"),
     training=experiments.TrainingConfig(steps=3, batch_size=16),
 )  # fmt: skip
 
@@ -237,15 +240,18 @@ TINY = experiments.FrameControls(
 def square_game(moving_square, monkeypatch):
     """The square is the player of the game that is played."""
     monkeypatch.setitem(AGENT, "pong", (12 / 32, 20 / 32, 0.0, 1.0))
-    small = replace(moving_square, frames=moving_square.frames[:, :, ::2, ::2].contiguous())
-    monkeypatch.setattr(experiments, "load_frames", lambda config, folder=None: small)
+
+    def load(config, folder=None):
+        return replace(moving_square, frames=resize(moving_square.frames, config.size))
+
+    monkeypatch.setattr(frame_scenes, "load_frames", load)
 
 
 def test_the_command_writes_figures_and_resumes(square_game, tmp_path, monkeypatch):
     controls = {
         "noise": replace(TINY, bottlenecks=("none",)),
-        "dependence": replace(TINY, ratio=(4.0,), coupling=(0.0, 1.0), bottlenecks=("none",)),
-        "remedies": replace(TINY, ratio=(4.0,), remedies=REMEDIES, bottlenecks=("vq",)),
+        "dependence": replace(TINY, data=replace(TINY.data, ratio=(4.0,), coupling=(0.0, 1.0)), bottlenecks=("none",)),
+        "remedies": replace(TINY, data=replace(TINY.data, ratio=(4.0,)), remedies=REMEDIES, bottlenecks=("vq",)),
     }
     monkeypatch.setattr(experiments, "CONTROLS", controls)
     assert experiments.main(["--out", str(tmp_path)]) == 0
@@ -262,7 +268,47 @@ def test_the_command_writes_figures_and_resumes(square_game, tmp_path, monkeypat
 
 def test_the_strength_is_the_ratio_asked_for(square_game):
     runner = experiments.Runner(TINY)
-    low, high = (runner.scene(experiments.FramePoint(ratio, 0.0, "none", "none", 0)) for ratio in (1.0, 4.0))
-    assert high.strength == pytest.approx(2 * low.strength)
-    assert high.agent_ratio == pytest.approx(4 * low.agent_ratio)
-    assert high.data.innovation[high.data.pairs, 0].std() == pytest.approx(high.strength, rel=0.15)
+    low, high = (
+        runner.scene(experiments.FramePoint((("ratio", ratio), ("coupling", 0.0)), "none", "none", 0))
+        for ratio in (1.0, 4.0)
+    )
+    assert high.numbers["strength"] == pytest.approx(2 * low.numbers["strength"])
+    assert high.numbers["agent_ratio"] == pytest.approx(4 * low.numbers["agent_ratio"])
+    assert high.data.innovation[high.data.pairs, 0].std() == pytest.approx(high.numbers["strength"], rel=0.15)
+
+
+def test_large_runs_are_the_same_code_on_any_device(square_game, tmp_path, monkeypatch, capsys):
+    """That of a GPU, in small: its sizes are patched, ``--quick`` has few steps."""
+    large = experiments.CONTROLS["control-remedies"].large()
+    assert large.data.transitions == 50_000 and large.width == 32 and large.training.steps == 5000
+    monkeypatch.setattr(frame_scenes, "LARGE_GAME", 20)
+    monkeypatch.setattr(experiments, "LARGE_WIDTH", 4)
+    monkeypatch.setattr(experiments, "CHUNK", 100)  # evaluation takes several
+    small = replace(TINY, data=replace(TINY.data, ratio=(4.0,)), remedies=("none", "agent region"))
+    controls = {"remedies": small}
+    monkeypatch.setattr(experiments, "CONTROLS", controls)
+    assert experiments.main(["--large", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    _, *rows = (tmp_path / "frames-remedies.csv").read_text().splitlines()
+    assert len(rows) == 2 * 5
+    assert experiments.main(["--device", "tpu", "--out", str(tmp_path)]) == 1
+    assert "--device is 'tpu'; it must be cpu or cuda[:N]" in capsys.readouterr().err
+
+
+def test_a_task_whose_transitions_show_their_action():
+    pytest.importorskip("dm_control", reason="dm_control is not installed: pip install 'lamkernels[control]'")
+    data = TaskData(transitions=120, size=16, detail=1)
+    controls = replace(TINY, data=data, seeds=(0,), latent_dim=2, remedies=("none", "agent mask", "optical flow"))
+    runner = experiments.Runner(controls)
+    try:
+        scene = runner.scene(next(experiments.points(controls)))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    pairs = scene.data.pairs
+    moved = scene.place[pairs + 1, 0] - scene.place[pairs, 0]  # of the cart
+    assert torch.corrcoef(torch.stack([scene.data.actions[pairs, 0], moved]))[0, 1] > 0.97
+    assert set(scene.labels.tolist()) == {0, 1}
+    covered = scene.data.masks.double().mean((1, 2)) / 255
+    assert covered.mean() > 0 and covered.max() < 0.1 < scene.region.double().mean()
+    rows = experiments.rows_of(controls)
+    assert len(rows) == 7 and all(math.isfinite(row["leakage_background"]) for row in rows)
+    assert ["psnr" in row for row in rows] == [True] + 2 * [True, False, True]

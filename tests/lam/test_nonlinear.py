@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lamkernels.lam import nonlinear_experiments as experiments
+from lamkernels.lam.bottlenecks import BOTTLENECKS
 from lamkernels.lam.linear_experiments import Controls
-from lamkernels.lam.vector_lam import BOTTLENECKS, Transitions, VectorLAM, train_vector_lam
+from lamkernels.lam.vector_lam import Transitions, VectorLAM, train_vector_lam
 
 SMALL = experiments.NonlinearControls(
     Controls(samples=3000, horizon=2), bottlenecks=("none",), steps=400, batch_size=256, seeds=(0, 1)

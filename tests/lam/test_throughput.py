@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from dataclasses import replace
 
 import pytest
@@ -27,7 +28,11 @@ def test_the_parts_are_the_step(moving_square, bottleneck):
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["throughput", "--help"])
+    with pytest.raises(SystemExit), pytest.warns(RuntimeWarning, match="found in sys.modules"):
+        runpy.run_module(throughput.__name__, run_name="__main__")
+    assert "--codebook-size" in capsys.readouterr().out
     arguments = ["--steps", "2", "--batch-size", "4", "--codebook-size", "16", "--out", str(tmp_path)]
     assert throughput.main(arguments) == 0
     results = json.loads((tmp_path / "throughput.json").read_text())
