@@ -353,6 +353,4 @@ def test_a_small_step_allocates_its_outputs_alone(rows, codes, dim):
         results = step()
     made = [e.self_cpu_memory_usage for e in trace.events() if e.self_cpu_memory_usage > 0]
     quantized, _, loss, _ = results
-    assert sum(made) == sum(
-        t.nbytes for t in (*results, quantized, loss)
-    )  # two more that the test gives
+    assert sum(made) == sum(t.nbytes for t in (*results, quantized, loss))  # two more that the test gives
