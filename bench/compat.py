@@ -12,6 +12,8 @@ import copy
 import ctypes
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from statistics import median
 from typing import Any, NamedTuple
 from unittest import mock
@@ -21,12 +23,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamkernels.backend import resolve
-from lamkernels.compat import lapa, lapo, moto, univla, villa_x
+from lamkernels.compat import lapa, lapo, moto, open_genie, taming, tinyworlds, univla, villa_x
 from lamkernels.one_call import numba_one_call
 
 from .stock import lapa as plain_lapa
 from .stock import lapo as plain_lapo
 from .stock import moto as plain_moto
+from .stock import open_genie as plain_open_genie
+from .stock import taming as plain_taming
+from .stock import tinyworlds as plain_tinyworlds
 from .stock import univla as plain_univla
 from .stock import villa_x as plain_villa_x
 
@@ -45,7 +50,8 @@ class Case(NamedTuple):
         arguments: of either constructor, for a device.
         inputs: shapes of the arguments of the forward, which get a gradient.
         losses: what the project adds to its loss, from what the forward returns; None where it adds nothing.
-        bare: takes out of a module what is the same in both forms.
+        bare: changes a module: takes out what is the same in both forms.
+        flat: what the forward returns, as one sequence.
     """
 
     project: str
@@ -56,6 +62,7 @@ class Case(NamedTuple):
     inputs: tuple[tuple[int, ...], ...]
     losses: Callable[[Sequence[Any]], Tensor | None]
     bare: Callable[[Any], None] = lambda module: None
+    flat: Callable[[Any], Sequence[Any]] = lambda outputs: outputs
 
 
 class Times(NamedTuple):
@@ -88,6 +95,21 @@ def _quantiser_of_lapa(module: Any) -> None:
     module.decode = lambda rows, _: rows
 
 
+def _codes_like_rows(module: Any) -> None:
+    """As they are after training: those of the start are so close that rounding chooses between them."""
+    nn.init.normal_(module.embedding.weight)
+
+
+def _vector_quantize_of(module: str) -> Callable[..., nn.Module]:
+    """Imported when it is made: what else is timed does not need the package."""
+
+    def make(**options: Any) -> nn.Module:
+        made: nn.Module = import_module(module).VectorQuantize(**options)
+        return made
+
+    return make
+
+
 def _losses_of_univla(outputs: Sequence[Any]) -> Tensor:
     _, z, x, _ = outputs
     return F.mse_loss(z, x.detach()) + 0.25 * F.mse_loss(x, z.detach())
@@ -117,7 +139,29 @@ CASES = (
         "LAPO", (4096, 64, 16), plain_lapo.VQEmbeddingEMA, lapo.VQEmbeddingEMA,
         lambda _: {"cfg": plain_lapo.VQConfig()}, ((512, 128),), lambda outputs: outputs[1],
     ),
+    Case(
+        "open-genie", (256, 256, 8), plain_open_genie.LookupFreeQuantization, open_genie.LookupFreeQuantization,
+        lambda _: {"d_codebook": 8}, ((16, 16, 8),), lambda outputs: outputs[2],
+        flat=lambda outputs: (*outputs[0], outputs[1]),
+    ),
+    Case(
+        "tinyworlds", (256, 32, 5), plain_tinyworlds.FiniteScalarQuantizer, tinyworlds.FiniteScalarQuantizer,
+        lambda _: {"latent_dim": 5, "num_bins": 2}, ((32, 8, 5),), lambda _: None, flat=lambda quantized: (quantized,),
+    ),
+    Case(
+        "taming-transformers", (1024, 1024, 256), plain_taming.VectorQuantizer2, taming.VectorQuantizer2,
+        lambda _: {"n_e": 1024, "e_dim": 256, "beta": 0.25}, ((4, 256, 16, 16),), lambda outputs: outputs[1],
+        _codes_like_rows,
+    ),
 )  # fmt: skip
+if find_spec("vector_quantize_pytorch") is not None:
+    CASES += (
+        Case(
+            "vector-quantize-pytorch", (1024, 64, 16), _vector_quantize_of("vector_quantize_pytorch"),
+            _vector_quantize_of("lamkernels.compat.vector_quantize_pytorch"),
+            lambda _: {"dim": 16, "codebook_size": 64}, ((8, 128, 16),), lambda outputs: outputs[2],
+        ),
+    )  # fmt: skip
 
 
 class _Recorded(torch.autograd.Function):
@@ -159,21 +203,21 @@ class Step:
         torch.manual_seed(0)
         self.module: Any = make(**case.arguments(device)).to(device)
         case.bare(self.module)
-        self.losses = case.losses
+        self.losses, self.flat = case.losses, case.flat
         self.inputs = [torch.randn(shape).to(device).requires_grad_() for shape in case.inputs]
         self.leaves = [*self.inputs, *self.module.parameters()]  # listed once: it takes as long as a kernel
-        self.grad = torch.randn(self.module(*self.inputs)[0].shape).to(device)
+        self.grad = torch.randn(self.flat(self.module(*self.inputs))[0].shape).to(device)
 
     def harness(self) -> Step:
         """A step with nothing in it but what this one returns and sends back."""
         empty = copy.copy(self)
-        empty.module = Harness(self)
+        empty.module, empty.flat = Harness(self), lambda outputs: outputs
         return empty
 
     def __call__(self) -> Sequence[Any]:
         for tensor in self.leaves:
             tensor.grad = None
-        outputs: Sequence[Any] = self.module(*self.inputs)
+        outputs = self.flat(self.module(*self.inputs))
         loss = self.losses(outputs)
         heads, grads = ([outputs[0]], [self.grad]) if loss is None else ([outputs[0], loss], [self.grad, None])
         torch.autograd.backward(heads, grads)

@@ -14,8 +14,12 @@ def test_both_forms_agree_and_are_timed(case, monkeypatch):
     monkeypatch.setattr(compat, "WARM", 2)
     times = compat.compare(case, 0.01, "cpu")
     assert times.plain > 0 and times.fused > 0 and times.speedup == times.plain / times.fused
-    assert 0 < times.harness < times.plain
-    assert (times.kernels is None) == (case.project == "LAPO") and (times.kernels or 0) < times.fused
+    assert times.harness > 0
+    if case.project != "tinyworlds":  # three operations, of about the harness's own cost
+        assert times.harness < times.plain
+    assert (times.kernels or 0) < times.fused
+    if case.project.split()[0] in ("LAPA", "UniVLA", "villa-X", "Moto"):
+        assert times.kernels is not None and times.kernels > 0
 
 
 def test_the_harness_is_a_step_without_the_module():
