@@ -50,7 +50,7 @@ class Case(NamedTuple):
         arguments: of either constructor, for a device.
         inputs: shapes of the arguments of the forward, which get a gradient.
         losses: what the project adds to its loss, from what the forward returns; None where it adds nothing.
-        bare: changes a module: takes out what is the same in both forms.
+        prepare: changes a module before it is timed, such as by taking out what is the same in both forms.
         flat: what the forward returns, as one sequence.
     """
 
@@ -61,7 +61,7 @@ class Case(NamedTuple):
     arguments: Callable[[str], dict[str, Any]]
     inputs: tuple[tuple[int, ...], ...]
     losses: Callable[[Sequence[Any]], Tensor | None]
-    bare: Callable[[Any], None] = lambda module: None
+    prepare: Callable[[Any], None] = lambda module: None
     flat: Callable[[Any], Sequence[Any]] = lambda outputs: outputs
 
 
@@ -100,6 +100,11 @@ def _codes_like_rows(module: Any) -> None:
     nn.init.normal_(module.embedding.weight)
 
 
+def _without_nesting(outputs: Any) -> Sequence[Any]:
+    """(z_q, loss, (None, None, indices)) in one sequence."""
+    return (*outputs[:-1], *outputs[-1])
+
+
 def _vector_quantize_of(module: str) -> Callable[..., nn.Module]:
     """Imported when it is made: what else is timed does not need the package."""
 
@@ -130,6 +135,7 @@ CASES = (
     Case(
         "villa-X", (256, 32, 128), plain_villa_x.VectorQuantizer2, villa_x.VectorQuantizer2,
         lambda _: {"n_e": 32, "e_dim": 128, "beta": 0.25}, ((64, 1, 512),), lambda outputs: outputs[1],
+        flat=_without_nesting,
     ),
     Case(
         "Moto", (256, 128, 32), plain_moto.VectorQuantizer2, moto.VectorQuantizer2,
@@ -151,7 +157,7 @@ CASES = (
     Case(
         "taming-transformers", (1024, 1024, 256), plain_taming.VectorQuantizer2, taming.VectorQuantizer2,
         lambda _: {"n_e": 1024, "e_dim": 256, "beta": 0.25}, ((4, 256, 16, 16),), lambda outputs: outputs[1],
-        _codes_like_rows,
+        _codes_like_rows, _without_nesting,
     ),
 )  # fmt: skip
 if find_spec("vector_quantize_pytorch") is not None:
@@ -202,7 +208,7 @@ class Step:
     def __init__(self, case: Case, make: Callable[..., nn.Module], device: str) -> None:
         torch.manual_seed(0)
         self.module: Any = make(**case.arguments(device)).to(device)
-        case.bare(self.module)
+        case.prepare(self.module)
         self.losses, self.flat = case.losses, case.flat
         self.inputs = [torch.randn(shape).to(device).requires_grad_() for shape in case.inputs]
         self.leaves = [*self.inputs, *self.module.parameters()]  # listed once: it takes as long as a kernel
@@ -227,8 +233,6 @@ class Step:
         """What a step leaves behind, from a seed: outputs, gradients, state."""
         torch.manual_seed(1)
         outputs = self()
-        if isinstance(outputs[-1], tuple):  # villa-X's (None, None, indices)
-            outputs = (*outputs[:-1], *outputs[-1])
         found = {f"output {i}": torch.as_tensor(out).clone() for i, out in enumerate(outputs) if out is not None}
         named = (*enumerate(self.inputs), *self.module.named_parameters())
         found |= {f"gradient of {name}": tensor.grad for name, tensor in named if tensor.grad is not None}

@@ -7,8 +7,9 @@ import pytest
 
 
 def write_video(path, frames):
-    """Writes (T, H, W, 3) uint8."""
+    """Writes (T, H, W, 3) uint8, and the folders that are not there."""
     av = pytest.importorskip("av")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"

@@ -170,10 +170,8 @@ def collect(config: ControlConfig) -> ExogenousFrames:
 
 def _suite() -> Any:
     os.environ.setdefault("MUJOCO_GL", "egl")
-    with contextlib.suppress(ModuleNotFoundError):
-        importlib.import_module(
-            "triton"
-        )  # it crashes where Mesa, which renders without a GPU, has loaded its LLVM first
+    with contextlib.suppress(ModuleNotFoundError):  # first: behind Mesa, which renders without a GPU, its LLVM crashes
+        importlib.import_module("triton")
     try:
         from dm_control import suite
     except ModuleNotFoundError:

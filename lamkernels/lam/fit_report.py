@@ -27,8 +27,7 @@ def measure(model: LinearLAM, fitted: Covariance, held_out: Covariance) -> dict[
         "recovery" (share of the action that z explains), the same "held_out" by a ridge probe, "unexplained_latent"
         (share of z that the action does not explain: what leaks is part of it), and that "by_dimension".
     """
-    errors = {"error": _error(model), "error_without": _error_without_latent(model)}
-    on_fitted, on_held_out = (DerivedMoments(moments, errors) for moments in (fitted, held_out))
+    on_fitted, on_held_out = (DerivedMoments(moments, _errors(model)) for moments in (fitted, held_out))
     losses = {
         "fit": model.loss,
         "optimal": model.optimal_loss,
@@ -55,14 +54,13 @@ def measure(model: LinearLAM, fitted: Covariance, held_out: Covariance) -> dict[
     }
 
 
-def _error(model: LinearLAM) -> dict[str, torch.Tensor | None]:
-    """ô' − o' as a linear map of o' and o."""
+def _errors(model: LinearLAM) -> dict[str, dict[str, torch.Tensor | None]]:
+    """ô' − o' as linear maps of o' and o: of the fit, and with z at its mean."""
     identity = torch.eye(len(model.o_next_mean), dtype=model.D.dtype, device=model.D.device)
-    return {"o_next": model.B @ model.D - identity, "o": model.A + model.B @ model.C}
-
-
-def _error_without_latent(model: LinearLAM) -> dict[str, torch.Tensor | None]:
-    return {"o_next": -torch.eye(len(model.o_next_mean), dtype=model.D.dtype, device=model.D.device), "o": model.A}
+    return {
+        "error": {"o_next": model.B @ model.D - identity, "o": model.A + model.B @ model.C},
+        "error_without": {"o_next": -identity, "o": model.A},
+    }
 
 
 def _copy_loss(moments: Covariance) -> float:

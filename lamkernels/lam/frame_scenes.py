@@ -34,7 +34,6 @@ class Scene:
         place: (T, m) float: where the agent is, as far as a frame shows it.
         direction: (p, m) float: what of an action is asked for.
         labels: (P,) int64 of ``data.pairs``: the action, or the bin that it is in.
-        split: pairs before it are trained on.
         numbers: of the scene, for every row of its models.
         kinds: entries of the exogenous state by kind, where there are several.
     """
@@ -44,9 +43,13 @@ class Scene:
     place: Tensor
     direction: Tensor
     labels: Tensor
-    split: int
     numbers: Mapping[str, float]
     kinds: Mapping[str, slice] = field(default_factory=dict)
+
+    @property
+    def split(self) -> int:
+        """Pairs before it are trained on, the others are measured on."""
+        return len(self.data.pairs) * 3 // 4
 
 
 Scenes = Callable[[int, Place], Scene]  # of a seed and a place
@@ -117,7 +120,6 @@ class _GameScenes:
             place=data.frames[:, :, region].flatten(1).float() / 255,
             direction=torch.tensor(DIRECTION[c.game])[:, None],
             labels=data.actions[data.pairs].argmax(1),
-            split=len(data.pairs) * 3 // 4,
             numbers={"strength": strength, "agent_ratio": ratio * eigenvalue / agent},
         )  # fmt: skip
 
@@ -203,7 +205,6 @@ def _task_scene(c: TaskData, k: int, seed: int, difficulty: str) -> Scene:
         place=data.places,
         direction=torch.eye(played.shape[1]),
         labels=((played > 0) * 2 ** torch.arange(played.shape[1])).sum(1),
-        split=len(pairs) * 3 // 4,
         numbers={"ratio": noise / agent},
         kinds={
             "background": slice(cells), "colour": slice(cells, width - CAMERA), "camera": slice(width - CAMERA, width)

@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from videos import write_video
 
 from lamkernels.lam import lerobot
 from lamkernels.lam.fit import FitConfig, file_stamps, fit
 from lamkernels.lam.sources import Source, expanded
 
-av = pytest.importorskip("av")
+pytest.importorskip("av")
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
@@ -20,16 +21,9 @@ LENGTHS = (4, 7, 5)
 CAMERAS = ("observation.images.top", "observation.images.wrist")
 
 
-def write_video(path, levels):
-    """A frame of one grey level each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
-        for level in levels:
-            frame = np.full((32, 48, 3), level, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
+def grey(levels):
+    """(T, 32, 48, 3) uint8: a frame of one grey level each."""
+    return np.broadcast_to(np.asarray(levels, np.uint8)[:, None, None, None], (len(levels), 32, 48, 3))
 
 
 def write_table(path, columns):
@@ -66,7 +60,7 @@ def version_2(root):
         write_table(root / "data" / chunk / f"episode_{episode:06d}.parquet", rows(episode))
         for number, camera in enumerate(CAMERAS):
             levels = levels_of(episode, camera=9 * number)
-            write_video(root / "videos" / chunk / camera / f"episode_{episode:06d}.mp4", levels)
+            write_video(root / "videos" / chunk / camera / f"episode_{episode:06d}.mp4", grey(levels))
     return root
 
 
@@ -83,7 +77,7 @@ def version_3(root):
         meta[f"videos/{camera}/from_timestamp"] = [0.0, 0.0, 0.1 * LENGTHS[0]]
         for file, episodes in enumerate([(0, 2), (1,)]):
             path = root / "videos" / camera / "chunk-000" / f"file-{file:03d}.mp4"
-            write_video(path, levels_of(*episodes, camera=9 * number))
+            write_video(path, grey(levels_of(*episodes, camera=9 * number)))
     write_table(root / "meta" / "episodes" / "chunk-000" / "file-000.parquet", meta)
     return root
 
