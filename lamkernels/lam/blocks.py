@@ -43,7 +43,27 @@ class SampleMoments:
     """
 
     def __init__(self, **blocks: Tensor) -> None:
-        rows = None
+        self.mean: dict[str, Tensor] = {}
+        self._centred: dict[str, Tensor] = {}
+        self._known: dict[tuple[str, str], Tensor] = {}  # each product over the rows is made once
+        self._roots: dict[tuple[str, float], Tensor] = {}
+        self._add(blocks)
+
+    def joined(self, **blocks: Tensor) -> SampleMoments:
+        """These moments and those of further blocks (N, d) of the same rows; what is known by now is not made again.
+
+        Raises:
+            TypeError: as for the first blocks.
+            ValueError: the same, or there is a block of this name.
+        """
+        whole = SampleMoments()
+        for name in ("mean", "_centred", "_known", "_roots"):
+            setattr(whole, name, dict(getattr(self, name)))
+        whole._add(blocks)
+        return whole
+
+    def _add(self, blocks: Mapping[str, Tensor]) -> None:
+        rows = next((len(block) for block in self._centred.values()), None)
         for name, block in blocks.items():
             if not isinstance(block, Tensor) or block.dtype not in FLOATS:
                 kind = block.dtype if isinstance(block, Tensor) else type(block).__name__
@@ -53,12 +73,13 @@ class SampleMoments:
                 raise ValueError(
                     f"{name} has shape {tuple(block.shape)}; it must be (N, d), with the N of the others and at least 1"
                 )
+            if name in self.mean:
+                raise ValueError(f"there is a block {name}; a further one needs another name")
             if not bool(block.isfinite().all()):
                 raise ValueError(f"{name} holds NaN or infinity; every entry must be finite")
-        wide = {name: block.detach().double() for name, block in blocks.items()}
-        self.mean = {name: block.mean(0) for name, block in wide.items()}
-        self._centred = {name: block - self.mean[name] for name, block in wide.items()}
-        self._known: dict[tuple[str, str], Tensor] = {}  # each product over the rows is made once
+            wide = block.detach().double()
+            self.mean[name] = wide.mean(0)
+            self._centred[name] = wide - self.mean[name]
 
     def covariance(self, first: str, second: str) -> Tensor:
         """Cov(first, second), (d_first, d_second) fp64.
@@ -71,6 +92,12 @@ class SampleMoments:
             self._known[first, second] = x.mT @ y / len(x)
             self._known[second, first] = self._known[first, second].mT
         return self._known[first, second]
+
+    def root(self, name: str, rtol: float) -> Tensor:
+        """:func:`whitening` of a block: (r, d)."""
+        if (name, rtol) not in self._roots:
+            self._roots[name, rtol] = whitening(self.covariance(name, name), rtol)
+        return self._roots[name, rtol]
 
 
 class DerivedMoments:
@@ -162,7 +189,8 @@ def regression(moments: JointMoments, target: str, inputs: str, rtol: float = RT
     Returns:
         (t, d) fp64 and the number of directions used.
     """
-    root = whitening(moments.covariance(inputs, inputs), rtol)
+    sample = isinstance(moments, SampleMoments)
+    root = moments.root(inputs, rtol) if sample else whitening(moments.covariance(inputs, inputs), rtol)
     return moments.covariance(target, inputs) @ root.mT @ root, len(root)
 
 

@@ -40,11 +40,15 @@ def parser(module: str, description: str, out: str, names: Sequence[str] = ()) -
     return made
 
 
+class RenderingError(RuntimeError):
+    """Nothing can be rendered on this machine; the message says what to install."""
+
+
 def status(made: argparse.ArgumentParser, work: Callable[[], None]) -> int:
     """Works, and returns the exit status: what is missing, wrong or cannot be written is one line on stderr."""
     try:
         work()
-    except (ModuleNotFoundError, OSError, ValueError) as error:
+    except (ModuleNotFoundError, OSError, RenderingError, ValueError) as error:
         print(f"{made.prog}: {error}", file=sys.stderr)
         return 1
     return 0

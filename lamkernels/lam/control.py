@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lamkernels.lam import distractors
+from lamkernels.lam.commands import RenderingError
 from lamkernels.lam.distractors import KINDS, SCALES, VIDEOS, CameraState
 from lamkernels.lam.exogenous import ExogenousFrames
 from lamkernels.validation import check_integer, check_option
@@ -22,6 +23,7 @@ from lamkernels.validation import check_integer, check_option
 # how much of the ground hides the background, as published: all of it under those that run
 GROUND = {"reacher": 0.0, "walker": 1.0, "cheetah": 1.0}
 OTHER_GROUND = 0.3
+VIEWS = {"camera": ("camera",), "scene": ("scene",), "both": ("scene", "camera")}
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,14 @@ class ControlConfig:
         dynamic: whether they move within an episode; otherwise they change between episodes.
         videos: a folder of backgrounds; None makes moving ones.
         views: whether there are views too.
-        view_kind: "camera": views are from the task's second camera, which has a background and a movement of its own;
-            "scene": from the first again, in a scene where all distractors are others.
+        view_kind: "camera": views are from another camera, which has a background and a movement of its own; "scene":
+            from the first again, in a scene where all distractors are others; "both": the latter, and ``second_views``
+            are the former.
+        side: of the other camera: how far it has turned around the agent from where the first one is, radians; None
+            takes the task's second camera.
         shadows: False draws neither shadows nor reflections, which take ten times as long as the rest without a GPU.
+        smooth: False draws edges without multisampling, which takes most of the time without a GPU; pixels that are
+            means of several rendered ones do not need it.
         stops: whether all velocities are set to zero before each transition, so that a frame shows the whole state.
     """
 
@@ -62,7 +69,9 @@ class ControlConfig:
     videos: Path | str | None = None
     views: bool = False
     view_kind: str = "camera"
+    side: float | None = None
     shadows: bool = True
+    smooth: bool = True
     stops: bool = False
 
     def __post_init__(self) -> None:
@@ -70,7 +79,7 @@ class ControlConfig:
         for name in ("transitions", "episode", "size", "action_repeat"):
             check_integer(name, getattr(self, name))
         check_option("difficulty", self.difficulty, tuple(SCALES))
-        check_option("view_kind", self.view_kind, ("camera", "scene"))
+        check_option("view_kind", self.view_kind, tuple(VIEWS))
         for kind in self.distractors:
             check_option("distractors", kind, KINDS)
         if self.mean_hold < 1:
@@ -84,6 +93,7 @@ class _Eye(NamedTuple):
     number: int
     backgrounds: Tensor | None  # (T, 3, S, S) uint8
     orbits: Tensor | None  # (T, 8)
+    turn: float = 0.0  # around the agent, radians
 
 
 def collect(config: ControlConfig) -> ExogenousFrames:
@@ -96,8 +106,8 @@ def collect(config: ControlConfig) -> ExogenousFrames:
 
     Raises:
         ModuleNotFoundError: dm_control is not installed.
-        RuntimeError: MuJoCo cannot render here.
-        ValueError: there is no such task, or it has one camera and ``views`` are asked for.
+        RenderingError: MuJoCo cannot render here.
+        ValueError: there is no such task, or it has one camera, and views from its second one are asked for.
     """
     suite = _suite()
     if (config.domain, config.task) not in suite.ALL_TASKS:
@@ -106,15 +116,21 @@ def collect(config: ControlConfig) -> ExogenousFrames:
     environment = suite.load(config.domain, config.task, task_kwargs=options)
     physics, task, spec = environment.physics, environment.task, environment.action_spec()
     substeps = round(environment.control_timestep() / physics.timestep())
-    cameras = (0, *([int(config.view_kind == "camera")] if config.views else []))
+    kinds = ("own", *(VIEWS[config.view_kind] if config.views else ()))
+    cameras = [int(kind == "camera" and config.side is None) for kind in kinds]
+    turns = [(config.side or 0.0) * (kind == "camera") for kind in kinds]
     if physics.model.ncam <= max(cameras):
-        raise ValueError(f"{config.domain}-{config.task} has one camera; views need two")
+        raise ValueError(f"{config.domain}-{config.task} has one camera; views from another need a side")
     generator, policy = torch.Generator().manual_seed(config.seed), np.random.default_rng(config.seed)
     videos = []
     if "background" in config.distractors:
         videos = distractors.background_videos(config.size, VIDEOS[config.difficulty], config.seed, config.videos)
     materials, agent = _Materials(physics), _Agent(physics)
-    made = [_camera(physics, config.size, number) for number in sorted(set(cameras))]
+    buffer = physics.model.vis.global_
+    buffer.offwidth = buffer.offheight = config.size  # without a GPU, clearing the default one takes half of the time
+    if not config.smooth:
+        physics.model.vis.quality.offsamples = 0
+    made = {number: _camera(physics, config.size, number) for number in set(cameras)}
     frames: list[list[Tensor]] = [[] for _ in cameras]
     states: list[list[Tensor]] = [[] for _ in cameras]
     actions, starts, masks, places = [], [], [], []
@@ -122,12 +138,16 @@ def collect(config: ControlConfig) -> ExogenousFrames:
     while left:
         length = min(left, config.episode)
         left -= length
-        eyes = [_eye(config, made[camera], camera, length + 1, videos, generator) for camera in cameras]
+        eyes = [
+            _eye(config, made[camera], camera, turn, length + 1, videos, generator)
+            for camera, turn in zip(cameras, turns, strict=True)
+        ]
         colours: list[Tensor | None] = [None for _ in cameras]
         if "colour" in config.distractors:
-            scenes = 1 + (config.views and config.view_kind == "scene")
-            walks = [_colours(config, len(materials.used), length + 1, generator) for _ in range(scenes)]
-            colours = [walks[min(number, scenes - 1)] for number in range(len(cameras))]
+            walks = [
+                _colours(config, len(materials.used), length + 1, generator) for _ in range(1 + ("scene" in kinds))
+            ]
+            colours = [walks[kind == "scene"] for kind in kinds]
         for number, eye in enumerate(eyes):
             states[number].append(_state(eye, colours[number], length + 1))
         environment.reset()
@@ -165,7 +185,19 @@ def collect(config: ControlConfig) -> ExogenousFrames:
         view_exogenous=torch.cat(states[1]).float() if config.views else None,
         masks=torch.stack(masks),
         places=torch.stack(places),
+        second_views=torch.stack(frames[2]) if len(kinds) > 2 else None,
     )
+
+
+def check_rendering() -> None:
+    """Renders one small picture, so that an experiment fails before its work and not after it.
+
+    Raises:
+        ModuleNotFoundError: dm_control is not installed.
+        RenderingError: MuJoCo cannot render here.
+    """
+    physics = _suite().load("cartpole", "swingup").physics
+    _picture(ControlConfig(shadows=False), physics, _Eye(_camera(physics, 8, 0), 0, None, None), 0)
 
 
 def _suite() -> Any:
@@ -177,13 +209,14 @@ def _suite() -> Any:
     except ModuleNotFoundError:
         raise
     except Exception as error:  # a missing libEGL shows as whatever PyOpenGL makes of it
-        raise RuntimeError(_cannot_render(error)) from error
+        raise _cannot_render(error) from error
     return suite
 
 
-def _cannot_render(error: Exception) -> str:
-    return (
-        f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {type(error).__name__}: {error}; egl "
+def _cannot_render(error: Exception) -> RenderingError:
+    said = " ".join(str(error).split())
+    return RenderingError(
+        f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {type(error).__name__}: {said}; egl "
         "needs libEGL (Debian: apt-get install libegl1)"
     )
 
@@ -194,11 +227,17 @@ def _camera(physics: Any, size: int, number: int) -> Any:
     try:
         return Camera(physics, size, size, number)
     except Exception as error:  # what a renderer raises is up to the driver
-        raise RuntimeError(_cannot_render(error)) from error
+        raise _cannot_render(error) from error
 
 
 def _eye(
-    config: ControlConfig, camera: Any, number: int, frames: int, videos: list[Tensor], generator: torch.Generator
+    config: ControlConfig,
+    camera: Any,
+    number: int,
+    turn: float,
+    frames: int,
+    videos: list[Tensor],
+    generator: torch.Generator,
 ) -> _Eye:
     backgrounds = orbits = None
     if "background" in config.distractors:
@@ -206,7 +245,7 @@ def _eye(
     if "camera" in config.distractors:
         scale, above = SCALES[config.difficulty], config.domain != "reacher"
         orbits = distractors.camera_walk(frames, scale, generator, dynamic=config.dynamic, above=above)
-    return _Eye(camera, number, backgrounds, orbits)
+    return _Eye(camera, number, backgrounds, orbits, turn)
 
 
 def _state(eye: _Eye, colours: Tensor | None, frames: int) -> Tensor:
@@ -276,7 +315,7 @@ def _picture(config: ControlConfig, physics: Any, eye: _Eye, step: int) -> tuple
             pixels = eye.camera.render(render_flag_overrides=left_out).copy()
             objects = eye.camera.render(segmentation=True)
         except Exception as error:  # what a renderer raises is up to the driver
-            raise RuntimeError(_cannot_render(error)) from error
+            raise _cannot_render(error) from error
     picture = torch.from_numpy(pixels).permute(2, 0, 1)
     if eye.backgrounds is None:
         return picture, objects
@@ -296,15 +335,16 @@ def _opacity(physics: Any, objects: np.ndarray, ground: float) -> np.ndarray:
 @contextlib.contextmanager
 def _moved(physics: Any, eye: _Eye, step: int) -> Iterator[None]:
     """Inside, the camera is where its distractor wants it; the next step of the physics puts it back anyway."""
-    if eye.orbits is None:
+    if eye.orbits is None and not eye.turn:
         yield
         return
+    state = CameraState(*([0.0] * 4 if eye.orbits is None else eye.orbits[step, :4].tolist()))
     data, camera = physics.data, eye.number
     position, rotation = data.cam_xpos[camera].copy(), data.cam_xmat[camera].copy()
     place, axes = torch.from_numpy(position), torch.from_numpy(rotation).view(3, 3)
     agent = torch.from_numpy(data.subtree_com[0].copy())  # of everything that has mass
     distance = max(float((place - agent) @ axes[:, 2]), 0.1)
-    moved, turned = distractors.orbit(place, axes, distance, CameraState(*eye.orbits[step, :4].tolist()))
+    moved, turned = distractors.orbit(place, axes, distance, state._replace(horizontal=state.horizontal + eye.turn))
     data.cam_xpos[camera], data.cam_xmat[camera] = moved.numpy(), turned.reshape(9).numpy()
     try:
         yield

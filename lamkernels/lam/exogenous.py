@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 _TENSORS = (
-    "frames", "actions", "starts", "exogenous", "innovation", "views", "view_exogenous", "masks", "places"
+    "frames", "actions", "starts", "exogenous", "innovation", "views", "view_exogenous", "masks", "places",
+    "second_views",
 )  # fmt: skip
 
 
@@ -29,6 +30,7 @@ class ExogenousFrames:
         action_names: of the p columns of ``actions``; empty where they have none.
         masks: (T, S, S) uint8: how much of each pixel the agent covers, 255 for all of it; or None.
         places: (T, m) float32: where the parts of the agent are; or None.
+        second_views: as ``views``, from another camera where those are from the same one; or None.
 
     Raises:
         TypeError: a field is not a tensor of its dtype.
@@ -45,6 +47,7 @@ class ExogenousFrames:
     action_names: tuple[str, ...] = ()
     masks: Tensor | None = None
     places: Tensor | None = None
+    second_views: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check("frames", self.frames, torch.uint8, 4)
@@ -59,7 +62,12 @@ class ExogenousFrames:
             value = getattr(self, name)
             if value is not None and len(value) != rows:
                 raise ValueError(f"{name} has {len(value)} rows; it must have one for each of the {rows} frames")
-        for name, other in (("innovation", "exogenous"), ("view_exogenous", "exogenous"), ("views", "frames")):
+        for name, other in (
+            ("innovation", "exogenous"),
+            ("view_exogenous", "exogenous"),
+            ("views", "frames"),
+            ("second_views", "frames"),
+        ):
             value, wanted = getattr(self, name), getattr(self, other)
             if value is not None:
                 _check(name, value, wanted.dtype, wanted.ndim)

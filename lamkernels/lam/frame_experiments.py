@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from lamkernels.lam import commands, frame_figures
+from lamkernels.lam.bottlenecks import BOTTLENECKS
+from lamkernels.lam.control import check_rendering
 from lamkernels.lam.frame_lam import FrameLAM, FrameLAMConfig
 from lamkernels.lam.frame_metrics import (
     Latents,
     controllability,
     few_label_accuracy,
-    leakage_and_recovery,
     mutual_information,
     psnr,
 )
@@ -46,7 +47,7 @@ class FrameControls:
         remedies: of :data:`lamkernels.lam.frame_remedies.REMEDIES`.
         bottlenecks: of the trained models.
         latent_dim: k, of continuous latents and of the linear model.
-        code_dim: entries of a code.
+        code_dim: entries of a code of a codebook.
         codebook_size: K.
         width: of the convolutions.
         training: steps, batch size, learning rate.
@@ -64,6 +65,12 @@ class FrameControls:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     seeds: tuple[int, ...] = (0, 1, 2)
     device: str = "cpu"
+
+    def entries(self, bottleneck: str) -> int:
+        """Of z. FSQ has no codebook, but levels for each entry: two of them, so that its codes are as many."""
+        if bottleneck == "fsq":
+            return max(1, (self.codebook_size - 1).bit_length())
+        return self.latent_dim if bottleneck in ("none", "gaussian") else self.code_dim
 
     def quick(self) -> FrameControls:
         """Fewer points, seeds, frames and steps: seconds instead of minutes."""
@@ -83,6 +90,7 @@ CONTROLS = {
     "remedies": FrameControls(remedies=REMEDIES),
     "pong-remedies": FrameControls(GameData("pong"), remedies=REMEDIES),
     "control-remedies": FrameControls(TaskData(), remedies=OF_MASKS, latent_dim=4),
+    "bottlenecks": FrameControls(GameData(ratio=(0.25, 4.0)), bottlenecks=tuple(BOTTLENECKS)),
 }
 DRAW: dict[str, Callable[[list[Row]], bytes]] = {
     "noise": frame_figures.noise,
@@ -90,6 +98,7 @@ DRAW: dict[str, Callable[[list[Row]], bytes]] = {
     "remedies": frame_figures.remedies,
     "pong-remedies": frame_figures.remedies,
     "control-remedies": frame_figures.remedies,
+    "bottlenecks": frame_figures.bottlenecks,
 }
 
 
@@ -133,7 +142,7 @@ class Runner:
         if point.bottleneck == "linear":
             return row | _linear(scene, self.controls.latent_dim)
         controls, data = self.controls, self.controls.data
-        k = controls.latent_dim if point.bottleneck in ("none", "gaussian") else controls.code_dim
+        k = controls.entries(point.bottleneck)
         config = FrameLAMConfig(
             data.size, data.channels, k, point.bottleneck, codebook_size=controls.codebook_size, width=controls.width
         )
@@ -203,7 +212,7 @@ def measure(model: FrameLAM, scene: Scene) -> Row:
 
 def _measured(decode: Callable[[Tensor, Tensor], Tensor], latents: Latents, scene: Scene) -> Row:
     data, split, region = scene.data, scene.split, scene.region
-    row: Row = dict(leakage_and_recovery(data, latents, scene.direction, scene.place, split, scene.kinds))
+    row: Row = dict(scene.probes(latents))
     pairs, z = data.pairs[split:], latents.z[split:]
     assert data.views is not None
     frame, next_frame, view, next_view = (
@@ -234,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the experiments that are named, all without a name; returns the exit status."""
     parser = commands.parser(
         "lamkernels.lam.frame_experiments",
-        "Latent action models on frames of games and tasks in front of what is known: frames-NAME.csv and .png.",
+        "Latent action models on frames of games and tasks in front of what is known: frames-NAME.csv, .png, .json.",
         "nonlinear-lam",
         tuple(CONTROLS),
     )
@@ -249,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(names: Sequence[str], out: Path, *, quick: bool = False, large: bool = False, device: str = "cpu") -> None:
-    """Writes ``frames-NAME.csv`` and ``frames-NAME.png`` for each experiment.
+    """Writes ``frames-NAME.csv``, ``.png`` and, with its controls, ``.json`` for each experiment.
 
     Args:
         names: of :data:`CONTROLS`.
@@ -261,7 +270,7 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False, large: bool = F
     Raises:
         ModuleNotFoundError: ale-py, dm_control, matplotlib, safetensors or tqdm is not installed.
         OSError: a file cannot be written.
-        RuntimeError: MuJoCo cannot render here.
+        RenderingError: MuJoCo cannot render here.
         ValueError: a run with other controls was stopped in ``out``, or there is no such device.
     """
     commands.device_named(device)
@@ -270,6 +279,7 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False, large: bool = F
     commands.need("matplotlib", "safetensors", "tqdm", *(["ale_py"] if any(games) else []))
     if not all(games):
         commands.need("dm_control", extra="control")
+        check_rendering()
     if large:
         chosen = {name: controls.large() for name, controls in chosen.items()}
     write_experiments(names, out, chosen, rows_of, DRAW, quick=quick, prefix="frames-")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lamkernels.lam.collapse import interval
 from lamkernels.lam.experiment_figures import LEAKAGE, RECOVERY, SHARE, UNIT
 from lamkernels.lam.figures import INK, new_figure, styled, to_png
-from lamkernels.lam.nonlinear_figures import MODELS
+from lamkernels.lam.nonlinear_figures import MODELS, bars
 
 Rows = Sequence[dict[str, Any]]
 
@@ -46,23 +46,22 @@ def dependence(rows: Rows) -> bytes:
 def remedies(rows: Rows) -> bytes:
     """Leakage and recovery under every remedy, a panel for each bottleneck."""
     models = list(dict.fromkeys(row["bottleneck"] for row in rows if row["bottleneck"] != "linear"))
-    names = list(dict.fromkeys(row["remedy"] for row in rows))
-    figure, (axes,) = new_figure(1, len(models), (10.5, 0.45 * len(names) + 1.4), sharey=True)
-    for axis, model in zip(axes, models, strict=True):
-        for shift, measure in zip((-0.2, 0.2), ("leakage", "recovery_features"), strict=True):
-            colour, label = MEASURES[measure]
-            found = [
-                interval([row[measure] for row in rows if row["bottleneck"] == model and row["remedy"] == name])
-                for name in names
-            ]
-            means, halves = zip(*found, strict=True)
-            places = [i + shift for i in range(len(names))]
-            axis.barh(places, means, 0.38, xerr=halves, color=colour, capsize=2, label=label)
-        axis.set(title=MODELS[model][2], xlim=UNIT, xlabel=SHARE)
-        axis.set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return to_png(figure)
+    groups = [(MODELS[model][2], [row for row in rows if row["bottleneck"] == model]) for model in models]
+    return _bars(groups, lambda row: str(row["remedy"]))
+
+
+@styled
+def bottlenecks(rows: Rows) -> bytes:
+    """Leakage and recovery of every bottleneck, a panel for each noise level."""
+    levels = list(dict.fromkeys(row["ratio"] for row in rows))
+    groups = [(f"ratio {level:g}", [row for row in rows if row["ratio"] == level]) for level in levels]
+    return _bars(groups, lambda row: MODELS[row["bottleneck"]][2])
+
+
+def _bars(groups: Sequence[tuple[str, Rows]], name: Callable[[dict[str, Any]], str]) -> bytes:
+    count = len({name(row) for _, own in groups for row in own})
+    measures = {measure: MEASURES[measure] for measure in ("leakage", "recovery_features")}
+    return to_png(bars(groups, name, measures, 0.45 * count + 1.4))
 
 
 def _curves(rows: Rows, x: str, groups: Sequence[tuple[str, Rows]]) -> tuple[Any, Any]:

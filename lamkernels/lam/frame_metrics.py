@@ -8,6 +8,7 @@ sprite that moves is not linear in pixels and a network may encode its motion in
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,76 +45,91 @@ class Latents:
     indices: Tensor | None = None
 
 
-def leakage_and_recovery(
-    data: ExogenousFrames,
-    latents: Latents,
-    direction: Tensor,
-    place: Tensor,
-    split: int,
-    kinds: Mapping[str, slice] | None = None,
-) -> Rows:
-    """How much of ε and of the action z says given o, by probes on held-out transitions.
+class Probes:
+    """How much of ε and of the action latent actions say given o, by probes on held-out transitions.
+
+    All that does not depend on z is computed once, for any number of models of one data set.
 
     Args:
         data: frames.
-        latents: of ``data.pairs``.
         direction: (p, m): what of the action is asked for, such as one way against the other.
         place: (T, d) float: where the agent is, such as the pixels of its region.
         split: probes are fitted on the pairs before it and tested on those behind.
         kinds: entries of ε that are asked for alone too, by name.
-
-    Returns:
-        "leakage" and "recovery", :func:`lamkernels.lam.linear_metrics.probe_r2`; "leakage_features" and
-        "recovery_features", the same with random features of o in the place of o, and of z and o in that of z; and with
-        views "inconsistency", of z in front of two backgrounds; "leakage_NAME" of each kind.
     """
-    pairs = data.pairs
-    pixels = data.frames[pairs].float() / 255
-    agent = place[pairs]
-    o = torch.cat([F.avg_pool2d(pixels, 2).flatten(1), agent, data.exogenous[pairs] / 255], 1)
-    a, eps = data.actions[pairs] @ direction, data.innovation[pairs]
-    z = latents.z - latents.z[:split].mean(0)
-    z = z / z[:split].std().clamp(min=1e-6)
-    where = agent - agent[:split].mean(0)
-    where = where / where[:split].std().clamp(min=1e-6)
-    both = torch.cat([0.3 * where, z], 1)
-    plain = {"o": o, "z": z}
-    rich = {
-        "o": torch.cat([o, random_features(where, FEATURES, 0.3)], 1),
-        "z": torch.cat([z, random_features(both, FEATURES, 1.0), random_features(z, FEATURES // 6, 1.0)], 1),
-    }
-    asked = {"a": a, "eps": eps, **{name: eps[:, entries] for name, entries in (kinds or {}).items()}}
-    found: Rows = {}
-    for suffix, blocks, l2, rtol in (
-        ("", plain, 1e-4, RTOL),
-        ("_features", rich, PENALTY, SMALLEST),
-    ):
+
+    def __init__(
+        self,
+        data: ExogenousFrames,
+        direction: Tensor,
+        place: Tensor,
+        split: int,
+        kinds: Mapping[str, slice] | None = None,
+    ) -> None:
+        self.split, self.kinds = split, tuple(kinds or {})
+        pairs = data.pairs
+        eps, where = data.innovation[pairs], place[pairs]
+        asked = {"a": data.actions[pairs] @ direction, "eps": eps}
+        asked |= {name: eps[:, entries] for name, entries in (kinds or {}).items()}
+        o = _observation(data.frames, data.exogenous, place, pairs)
+        where = where - where[:split].mean(0)
+        self.where = where / where[:split].std().clamp(min=1e-6)
+        rich = torch.cat([o, random_features(self.where, FEATURES, 0.3)], 1)
+        self.plain = self._halves(RTOL, o=o, **asked)
+        self.rich = self._halves(SMALLEST, o=rich, **asked)
+        self.views: SampleMoments | None = None
+        if data.views is not None and data.view_exogenous is not None:
+            other = _observation(data.views, data.view_exogenous, place, pairs)
+            self.views = SampleMoments(o=o[split:], o_view=other[split:])
+            self.views.root("o", RTOL)
+            self.views.root("o_view", RTOL)
+
+    def _halves(self, rtol: float, **blocks: Tensor) -> tuple[SampleMoments, SampleMoments]:
         train, test = (
-            SampleMoments(**{name: block[part] for name, block in {**blocks, **asked}.items()})
-            for part in (slice(split), slice(split, None))
+            SampleMoments(**{name: block[part] for name, block in blocks.items()})
+            for part in (slice(self.split), slice(self.split, None))
         )
-        found |= {
-            f"leakage{suffix}": probe_r2(train, test, "eps", l2=l2, rtol=rtol),
-            f"recovery{suffix}": probe_r2(train, test, "a", l2=l2, rtol=rtol),
-        }
-        if not suffix:
-            found |= {f"leakage_{name}": probe_r2(train, test, name, l2=l2, rtol=rtol) for name in kinds or {}}
-    if latents.view is not None and data.views is not None:
-        found["inconsistency"] = _inconsistency(data, latents, place, split)
-    return found
+        train.root("o", rtol)
+        for moments, name in itertools.product((train, test), blocks):
+            moments.covariance(name, "o")
+        return train, test
+
+    def __call__(self, latents: Latents) -> Rows:
+        """Measures.
+
+        Args:
+            latents: of ``data.pairs``.
+
+        Returns:
+            "leakage" and "recovery", :func:`lamkernels.lam.linear_metrics.probe_r2`; "leakage_features" and
+            "recovery_features", the same with random features of o in the place of o, and of z and o in that of z; and
+            with views "inconsistency", of z in front of two backgrounds; "leakage_NAME" of each kind.
+        """
+        split = self.split
+        z = latents.z - latents.z[:split].mean(0)
+        z = z / z[:split].std().clamp(min=1e-6)
+        both = torch.cat([0.3 * self.where, z], 1)
+        rich = torch.cat([z, random_features(both, FEATURES, 1.0), random_features(z, FEATURES // 6, 1.0)], 1)
+        found: Rows = {}
+        for suffix, known, block, l2, rtol in (
+            ("", self.plain, z, 1e-4, RTOL), ("_features", self.rich, rich, PENALTY, SMALLEST)
+        ):  # fmt: skip
+            train, test = (
+                moments.joined(z=block[part])
+                for moments, part in zip(known, (slice(split), slice(split, None)), strict=True)
+            )
+            asked = {"leakage": "eps", "recovery": "a"} | ({} if suffix else {f"leakage_{k}": k for k in self.kinds})
+            found |= {f"{name}{suffix}": probe_r2(train, test, of, l2=l2, rtol=rtol) for name, of in asked.items()}
+        if latents.view is not None and self.views is not None:
+            moments = self.views.joined(z=latents.z[split:], z_view=latents.view[split:])
+            found["inconsistency"] = pair_inconsistency(moments)
+        return found
 
 
-def _inconsistency(data: ExogenousFrames, latents: Latents, place: Tensor, split: int) -> float:
-    assert data.views is not None and data.view_exogenous is not None and latents.view is not None
-    blocks = {"z": latents.z[split:], "z_view": latents.view[split:]}
-    pairs = data.pairs[split:]
-    for name, frames, state in (
-        ("o", data.frames, data.exogenous),
-        ("o_view", data.views, data.view_exogenous),
-    ):
-        pixels = frames[pairs].float() / 255
-        blocks[name] = torch.cat([F.avg_pool2d(pixels, 2).flatten(1), place[pairs], state[pairs] / 255], 1)
-    return pair_inconsistency(SampleMoments(**blocks))
+def _observation(frames: Tensor, state: Tensor, place: Tensor, pairs: Tensor) -> Tensor:
+    """What stands for o, (P, d): the module's docstring."""
+    pixels = F.avg_pool2d(frames[pairs].float() / 255, 2)
+    return torch.cat([pixels.flatten(1), place[pairs], state[pairs] / 255], 1)
 
 
 def random_features(x: Tensor, count: int, frequency: float, seed: int = 0) -> Tensor:

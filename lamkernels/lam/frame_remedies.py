@@ -39,8 +39,12 @@ REMEDIES = (
     "augmentation",
     "decorrelation",
 )
-OF_MASKS = tuple("agent mask" if remedy == "agent region" else remedy for remedy in REMEDIES)  # where the agent has one
-WITHOUT_DECODER = ("agent region", "agent mask", "multi-step inverse", "temporal consistency")
+SECOND_CAMERA = "cross-view, second camera"
+AT = REMEDIES.index("cross-view") + 1
+OF_MASKS = tuple(  # where the agent has one, and there is another camera
+    "agent mask" if remedy == "agent region" else remedy for remedy in (*REMEDIES[:AT], SECOND_CAMERA, *REMEDIES[AT:])
+)
+WITHOUT_DECODER = ("agent region", "agent mask", "multi-step inverse", SECOND_CAMERA, "temporal consistency")
 
 
 class Region(nn.Module):
@@ -75,8 +79,8 @@ def train_with_remedy(
         remedy: of :data:`REMEDIES` or :data:`OF_MASKS`. "none" reconstructs pixels. "action supervision", "10 %
             labelled", "optical flow" (of the agent alone), "augmentation" and "decorrelation" add an objective to that.
             "cross-view" and those of :data:`WITHOUT_DECODER` replace it; the latter leave the model's decoder as it was
-            initialised.
-        data: frames, with views for "cross-view" and masks for "agent mask".
+            initialised, or train it for :data:`SECOND_CAMERA` alone.
+        data: frames, with views for "cross-view", second views for :data:`SECOND_CAMERA` and masks for "agent mask".
         rows: (N,) int64, the t of the transitions to train on.
         region: (S, S) bool, the agent's.
         model_config: shape of the model.
@@ -90,6 +94,10 @@ def train_with_remedy(
         config = replace(config, label_share=LABEL_SHARE)
     if remedy == "multi-step inverse":
         config = replace(config, horizon=HORIZON)
+    views = {"cross-view": data.views, SECOND_CAMERA: data.second_views}
+    data = replace(
+        data, views=views.get(remedy), view_exogenous=None, second_views=None
+    )  # batches without what is idle
     flow = agent_flow(data, region) if remedy == "optical flow" else None
     features = mask_features(data, rows) if remedy == "agent mask" else None
 
@@ -119,7 +127,7 @@ def _objectives(
         inverse = MultiStepInverse(embedding(shape), FEATURES, p)
         train_representation(model, inverse, batches, config)
         return [(1.0, FeatureReconstruction(FEATURES, k, inverse.features))]
-    if remedy == "cross-view":
+    if remedy in ("cross-view", SECOND_CAMERA):
         return [(1.0, cross_view_reconstruction)]
     if remedy == "temporal consistency":
         return [(1.0, TemporalConsistency(embedding(shape), FEATURES, k))]

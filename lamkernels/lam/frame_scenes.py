@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from lamkernels.lam.control import ControlConfig, collect
 from lamkernels.lam.data import DataConfig, FrameData, load_frames, resize
 from lamkernels.lam.distractors import CELLS
 from lamkernels.lam.exogenous import ExogenousFrames
-from lamkernels.lam.frame_metrics import agent_innovation
+from lamkernels.lam.frame_metrics import Probes, agent_innovation
 from lamkernels.lam.linear import LinearLAM
 from lamkernels.lam.overlay import DIRECTION, OverlayConfig, agent_region, background, overlay, waves
 
@@ -50,6 +51,11 @@ class Scene:
     def split(self) -> int:
         """Pairs before it are trained on, the others are measured on."""
         return len(self.data.pairs) * 3 // 4
+
+    @cached_property
+    def probes(self) -> Probes:
+        """Of leakage and recovery, for all models of the scene."""
+        return Probes(self.data, self.direction, self.place, self.split, self.kinds)
 
 
 Scenes = Callable[[int, Place], Scene]  # of a seed and a place
@@ -144,7 +150,8 @@ class TaskData:
 
     A frame shows no velocity, so the action can be told from one transition only if nothing else moves the agent: all
     velocities are set to zero before each transition, and the policy draws a new action for each. The views are the
-    first camera again, in a scene where all three distractors are others. Nothing casts a shadow.
+    first camera again, in a scene where all three distractors are others, the second views those of a camera at the
+    side of the same scene, with a background and a movement of its own. Nothing casts a shadow.
 
     Attributes:
         domain: of the task.
@@ -155,6 +162,7 @@ class TaskData:
         size: S of the frames, RGB.
         detail: pixels are the means of detail² that are rendered: an agent may be thinner than one.
         difficulty: of the distractors, of each scene.
+        side: how far the other camera has turned around the agent, radians.
     """
 
     domain: str = "cartpole"
@@ -165,6 +173,7 @@ class TaskData:
     size: int = 16
     detail: int = 3
     difficulty: tuple[str, ...] = ("easy",)
+    side: float = 0.8
     channels: ClassVar[int] = 3
 
     def places(self) -> list[Place]:
@@ -192,7 +201,7 @@ class TaskData:
 def _task_scene(c: TaskData, k: int, seed: int, difficulty: str) -> Scene:
     config = ControlConfig(
         c.domain, c.task, c.transitions, c.episode, c.detail * c.size, seed, c.action_repeat, mean_hold=1.0,
-        difficulty=difficulty, views=True, view_kind="scene", shadows=False, stops=True,
+        difficulty=difficulty, views=True, view_kind="both", side=c.side, shadows=False, smooth=False, stops=True,
     )  # fmt: skip
     data, clean = (_shrunk(collect(made), c.size) for made in (config, replace(config, distractors=(), views=False)))
     assert data.masks is not None and data.places is not None
@@ -223,6 +232,7 @@ def _shrunk(data: ExogenousFrames, size: int) -> ExogenousFrames:
         data,
         frames=resize(data.frames, size),
         views=None if data.views is None else resize(data.views, size),
+        second_views=None if data.second_views is None else resize(data.second_views, size),
         masks=resize(data.masks[:, None], size)[:, 0],
         **states,
     )

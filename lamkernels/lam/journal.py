@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lamkernels.lam import commands
-from lamkernels.lam.experiments import write
+from lamkernels.lam.effects import effects
+from lamkernels.lam.experiments import to_csv, write
 from lamkernels.lam.files import write_text
 
 Row = dict[str, Any]
@@ -59,7 +60,9 @@ def write_experiments(
     names: Sequence[str], out: Path, controls: Mapping[str, Any], rows_of: Callable[..., list[Row]],
     draw: Mapping[str, Callable[[list[Row]], bytes]], *, quick: bool, prefix: str = "",
 ) -> None:  # fmt: skip
-    """Writes ``PREFIXNAME.csv`` and ``.png`` for each experiment; while it runs, its rows are in ``.jsonl`` there.
+    """Writes ``PREFIXNAME.csv``, ``.png`` and, with its controls, ``.json`` for each experiment.
+
+    While one runs, its rows are in ``.jsonl`` there. What its remedies change is in ``PREFIXNAME-effects.csv``.
 
     Args:
         names: of ``controls``.
@@ -81,6 +84,10 @@ def write_experiments(
         journal = place.with_name(f"{place.name}.jsonl")
         chosen = controls[name].quick() if quick else controls[name]
         rows = rows_of(chosen, journal, progress=sys.stderr.isatty())
+        write_text(place.with_name(f"{place.name}.json"), json.dumps(asdict(chosen), indent=1) + "\n")
+        changes = effects(rows)
+        if changes:
+            write_text(place.with_name(f"{place.name}-effects.csv"), to_csv(changes))
         write(place, rows, draw[name](rows), start)
         journal.unlink()
 

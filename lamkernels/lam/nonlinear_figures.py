@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lamkernels.lam.collapse import interval
@@ -50,7 +50,7 @@ def bottlenecks(rows: Rows) -> bytes:
     groups = [
         (f"noise {level:g} × the weakest action", [row for row in rows if row["ratio"] == level]) for level in levels
     ]
-    return to_png(_bars(groups, lambda row: MODELS[row["bottleneck"]][2]))
+    return to_png(bars(groups, lambda row: MODELS[row["bottleneck"]][2]))
 
 
 @styled
@@ -58,7 +58,7 @@ def remedies(rows: Rows) -> bytes:
     """Leakage and recovery under every remedy, a panel for each model."""
     models = list(dict.fromkeys(row["bottleneck"] for row in rows))
     groups = [(MODELS[model][2], [row for row in rows if row["bottleneck"] == model]) for model in models]
-    return to_png(_bars(groups, lambda row: row["remedy"]))
+    return to_png(bars(groups, lambda row: row["remedy"]))
 
 
 def _curves(
@@ -93,11 +93,24 @@ def _interval(rows: Rows, measure: str, x: str, place: float) -> tuple[float, fl
     return interval([row[measure] for row in rows if row[x] == place])
 
 
-def _bars(groups: Sequence[tuple[str, Rows]], name: Callable[[dict[str, Any]], str]) -> Any:
-    figure, (axes,) = new_figure(1, len(groups), (10.5, 4.2), sharey=True)
+def bars(
+    groups: Sequence[tuple[str, Rows]],
+    name: Callable[[dict[str, Any]], str],
+    measures: Mapping[str, tuple[str, str]] = MEASURES,
+    height: float = 4.2,
+) -> Any:
+    """A figure with a panel for each group of rows, and in it two bars for each name: two measures, with intervals.
+
+    Args:
+        groups: title and rows of each panel.
+        name: of the bars that a row belongs to.
+        measures: columns of the rows, upper bar first, with colour and label.
+        height: inches.
+    """
+    figure, (axes,) = new_figure(1, len(groups), (10.5, height), sharey=True)
     for axis, (title, own) in zip(axes, groups, strict=True):
         names = list(dict.fromkeys(map(name, own)))
-        for shift, (measure, (colour, label)) in zip((-0.2, 0.2), MEASURES.items(), strict=True):
+        for shift, (measure, (colour, label)) in zip((-0.2, 0.2), measures.items(), strict=True):
             found = [interval([row[measure] for row in own if name(row) == wanted]) for wanted in names]
             means, halves = zip(*found, strict=True)
             places = [i + shift for i in range(len(names))]

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from videos import write_video
 
 from lamkernels.lam import distractors
 from lamkernels.lam.control import ControlConfig, collect
@@ -15,6 +16,12 @@ from lamkernels.lam.distractors import CameraState
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def test_the_levels_are_the_published_ones():
+    assert {level: (distractors.SCALES[level], distractors.VIDEOS[level]) for level in distractors.SCALES} == {
+        "easy": (0.1, 4), "medium": (0.2, 8), "hard": (0.3, 60)
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.3])
@@ -85,6 +92,9 @@ def test_backgrounds_play_there_and_back(tmp_path):
     (tmp_path / "broken.npy").write_bytes(b"no such thing")
     (folder,) = distractors.background_videos(16, 4, 0, tmp_path)
     assert torch.equal(folder, first[:7])
+    write_video(tmp_path / "b.mp4", first[:5].movedim(1, 3).numpy())
+    _, film = distractors.background_videos(16, 4, 0, tmp_path)
+    assert film.shape == (5, 3, 16, 16) and (film.float() - first[:5].float()).abs().mean() < 20  # what a codec loses
     assert len(distractors.background_videos(16, 4, 0)) == 4
 
 
@@ -101,7 +111,7 @@ def test_what_is_opaque_hides_the_background():
         ({"distractors": ("noise",)}, "distractors is 'noise'"),
         ({"transitions": 0}, "transitions is 0"),
         ({"mean_hold": 0.5}, "mean_hold is 0.5"),
-        ({"view_kind": "both"}, "view_kind is 'both'; it must be one of 'camera', 'scene'"),
+        ({"view_kind": "all"}, "view_kind is 'all'; it must be one of 'camera', 'scene', 'both'"),
     ],
 )
 def test_wrong_options_are_named(options, message):
@@ -143,12 +153,25 @@ def test_a_task_behind_distractors():
     assert (scenes.frames[0] != plain.frames[0]).any(0)[behind].double().mean() > 0.5
 
 
-def test_each_distractor_changes_what_it_should():
+def test_another_camera_turns_around_the_agent():
+    same, turned = (rendered(distractors=(), views=True, view_kind="both", side=side) for side in (0.0, 0.8))
+    for data in (same, turned):
+        assert torch.equal(data.views, data.frames)  # no distractor is another
+    assert torch.equal(same.second_views, same.frames)
+    assert (turned.second_views.float() - same.frames.float()).abs().amax((1, 2, 3)).min() > 20
+
+
+def test_each_distractor_changes_what_it_should(tmp_path):
     plain = rendered(distractors=()).frames.float()
     for kind, width in (("background", 16), ("camera", 8)):
         found = rendered(distractors=(kind,))
         assert found.exogenous.shape[1] == width
         assert (found.frames.float() - plain).abs().amax((1, 2, 3)).min() > 20
+    colour = torch.tensor([10, 200, 90], dtype=torch.uint8)[:, None, None]
+    np.save(tmp_path / "video.npy", colour.expand(4, 3, 40, 40).numpy())
+    found = rendered(distractors=("background",), videos=tmp_path).frames
+    sky = (found == colour).all(1)
+    assert 0.2 < sky.double().mean() < 0.9 and not (plain == colour).all(1).any()
     assert torch.equal(rendered(distractors=(), domain="walker", task="walk").starts, rendered().starts)
     with pytest.raises(ValueError, match="cartpole-fly is no task"):
         collect(ControlConfig(task="fly"))

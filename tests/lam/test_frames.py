@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import sys
+import types
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -14,17 +19,18 @@ from lamkernels.lam import frame_scenes
 from lamkernels.lam.data import resize
 from lamkernels.lam.exogenous import ExogenousFrames
 from lamkernels.lam.flow import optical_flow
+from lamkernels.lam.frame_lam import Latent
 from lamkernels.lam.frame_metrics import (
     Latents,
+    Probes,
     agent_innovation,
     controllability,
     few_label_accuracy,
-    leakage_and_recovery,
     mutual_information,
     psnr,
 )
-from lamkernels.lam.frame_remedies import REMEDIES
-from lamkernels.lam.frame_scenes import GameData, TaskData
+from lamkernels.lam.frame_remedies import REMEDIES, SECOND_CAMERA
+from lamkernels.lam.frame_scenes import GameData, Scene, TaskData
 from lamkernels.lam.overlay import (
     AGENT,
     DIRECTION,
@@ -132,7 +138,7 @@ def test_the_probes_find_what_is_there_given_o_and_not_o_itself(moving_square):
     state = data.exogenous[t, :1]
 
     def found(z, view=None, split=split):
-        return leakage_and_recovery(small, Latents(z, view), DIRECTIONS, place, split, {"first": slice(1)})
+        return Probes(small, DIRECTIONS, place, split, {"first": slice(1)})(Latents(z, view))
 
     agent = found(played + 3 * state, played)  # o may be added to z
     assert agent["recovery"] > 0.99 and abs(agent["leakage"]) < 0.1
@@ -154,7 +160,7 @@ def test_the_probe_on_features_reads_an_action_whose_sign_depends_on_the_place()
     data = ExogenousFrames(frames, F.one_hot(played, 3).float(), starts, state, noise)
     side = torch.where(frames[:, 0, 4, 4] > 127, 1.0, -1.0)
     z = ((data.actions @ DIRECTIONS) * side[:, None])[data.pairs]
-    found = leakage_and_recovery(data, Latents(z), DIRECTIONS, frames[:, 0, 4, 4:5] / 255, 1500)
+    found = Probes(data, DIRECTIONS, frames[:, 0, 4, 4:5] / 255, 1500)(Latents(z))
     assert found["recovery"] < 0.1 < 0.5 < found["recovery_features"]
     assert max(found["leakage"], found["leakage_features"]) < 0.05
 
@@ -252,6 +258,7 @@ def test_the_command_writes_figures_and_resumes(square_game, tmp_path, monkeypat
         "noise": replace(TINY, bottlenecks=("none",)),
         "dependence": replace(TINY, data=replace(TINY.data, ratio=(4.0,), coupling=(0.0, 1.0)), bottlenecks=("none",)),
         "remedies": replace(TINY, data=replace(TINY.data, ratio=(4.0,)), remedies=REMEDIES, bottlenecks=("vq",)),
+        "bottlenecks": replace(TINY, bottlenecks=("none", "fsq", "residual")),
     }
     monkeypatch.setattr(experiments, "CONTROLS", controls)
     assert experiments.main(["--out", str(tmp_path)]) == 0
@@ -260,6 +267,11 @@ def test_the_command_writes_figures_and_resumes(square_game, tmp_path, monkeypat
         header, *rows = (tmp_path / f"frames-{name}.csv").read_text().splitlines()
         assert header.startswith("ratio,coupling,remedy,bottleneck,seed,strength,agent_ratio,leakage,recovery")
         assert len(rows) == len(list(experiments.points(own)))
+        known = json.loads((tmp_path / f"frames-{name}.json").read_text())
+        assert tuple(known["data"]["ratio"]) == own.data.ratio and tuple(known["seeds"]) == own.seeds
+    header, *changes = (tmp_path / "frames-remedies-effects.csv").read_text().splitlines()
+    assert header.startswith("bottleneck,remedy,leakage,leakage_interval,") and len(changes) == len(REMEDIES) - 1
+    assert not (tmp_path / "frames-noise-effects.csv").exists()
     journal, small = tmp_path / "rows.jsonl", replace(TINY, seeds=(0,), bottlenecks=("vq",))
     expected = experiments.rows_of(small, journal)
     monkeypatch.setattr(experiments.Runner, "run", lambda self, point: pytest.fail("made again"))
@@ -275,6 +287,52 @@ def test_the_strength_is_the_ratio_asked_for(square_game):
     assert high.numbers["strength"] == pytest.approx(2 * low.numbers["strength"])
     assert high.numbers["agent_ratio"] == pytest.approx(4 * low.numbers["agent_ratio"])
     assert high.data.innovation[high.data.pairs, 0].std() == pytest.approx(high.numbers["strength"], rel=0.15)
+
+
+class Brightness:
+    """A model by hand: z is the brightness of o' in a region, and ô' is o with it there."""
+
+    mean, scale = torch.zeros(1, 8, 8), 1.0
+
+    def __init__(self, region):
+        self.region = region
+
+    def pixels(self, frames):
+        return frames / 255
+
+    def infer(self, frame, next_frame):
+        z = next_frame[:, 0, self.region].mean(1, keepdim=True)
+        return Latent(z, z, None, torch.zeros(()))
+
+    def decode(self, frame, z):
+        return torch.where(self.region, z[:, :, None, None], frame)
+
+
+def test_a_latent_of_the_agent_is_worth_as_much_in_another_scene_and_one_of_the_background_nothing():
+    generator = torch.Generator().manual_seed(0)
+    count = 800
+    turn = torch.randint(2, (count,), generator=generator)
+    played, level = F.one_hot(turn, 2).float(), 100 + 60 * turn.roll(1)
+    states = 100 + 100 * torch.rand(2, count, 1, generator=generator)
+    agent = torch.zeros(8, 8, dtype=torch.bool)
+    agent[5:7, ::2] = True
+    frames, views = (
+        torch.where(agent, level[:, None, None, None], state[:, :, None, None]).round().byte() for state in states
+    )
+    starts = torch.arange(count) == 0
+    data = ExogenousFrames(
+        frames, played, starts, states[0], torch.cat([states[0][1:], torch.zeros(1, 1)]), views, states[1]
+    )
+    place = frames[:, :, agent].flatten(1) / 255
+    scene = Scene(data, agent, place, torch.tensor([[-1.0], [1.0]]), turn[data.pairs], {})
+    of_agent, of_background = (experiments.measure(Brightness(region), scene) for region in (agent, ~agent))
+    assert of_agent["recovery"] > 0.99 and abs(of_agent["leakage"]) < 0.05
+    assert of_agent["inconsistency"] < 0.05  # two regressions on 200 rows
+    assert of_agent["transfer_agent"] == pytest.approx(of_agent["delta_psnr_agent"]) and of_agent["delta_psnr"] > 1
+    assert of_agent["few_label_accuracy"] == 1
+    assert of_background["leakage"] > 0.99 and abs(of_background["recovery"]) < 0.05
+    assert of_background["inconsistency"] == pytest.approx(1, abs=0.1) and of_background["delta_psnr"] > 1
+    assert of_background["transfer_agent"] == 0 and of_background["few_label_accuracy"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_large_runs_are_the_same_code_on_any_device(square_game, tmp_path, monkeypatch, capsys):
@@ -294,10 +352,34 @@ def test_large_runs_are_the_same_code_on_any_device(square_game, tmp_path, monke
     assert "--device is 'tpu'; it must be cpu or cuda[:N]" in capsys.readouterr().err
 
 
+def test_where_nothing_can_be_rendered_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
+    arguments = ["control-remedies", "--quick", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(experiments.Runner, "run", lambda self, point: pytest.fail("work has begun"))
+
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise AttributeError("'NoneType' object has no attribute\n'eglQueryString'")
+
+    broken = Broken("dm_control")
+    broken.__spec__ = ModuleSpec("dm_control", None)
+    for module, wanted in (
+        (broken, "MuJoCo cannot render with MUJOCO_GL=egl: .*apt-get install libegl1"),
+        (None, r"the experiments need dm_control; pip install 'lamkernels\[control\]'"),
+    ):
+        monkeypatch.setitem(sys.modules, "dm_control", module)
+        monkeypatch.setenv("MUJOCO_GL", "egl")
+        assert experiments.main(arguments) == 1
+        said = capsys.readouterr().err
+        assert re.search(f"frame_experiments: {wanted}", said) and said.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_task_whose_transitions_show_their_action():
     pytest.importorskip("dm_control", reason="dm_control is not installed: pip install 'lamkernels[control]'")
     data = TaskData(transitions=120, size=16, detail=1)
-    controls = replace(TINY, data=data, seeds=(0,), latent_dim=2, remedies=("none", "agent mask", "optical flow"))
+    controls = replace(
+        TINY, data=data, seeds=(0,), latent_dim=2, remedies=("none", "agent mask", "optical flow", SECOND_CAMERA)
+    )
     runner = experiments.Runner(controls)
     try:
         scene = runner.scene(next(experiments.points(controls)))
@@ -310,5 +392,6 @@ def test_a_task_whose_transitions_show_their_action():
     covered = scene.data.masks.double().mean((1, 2)) / 255
     assert covered.mean() > 0 and covered.max() < 0.1 < scene.region.double().mean()
     rows = experiments.rows_of(controls)
-    assert len(rows) == 7 and all(math.isfinite(row["leakage_background"]) for row in rows)
-    assert ["psnr" in row for row in rows] == [True] + 2 * [True, False, True]
+    assert len(rows) == 9 and all(math.isfinite(row["leakage_background"]) for row in rows)
+    assert ["psnr" in row for row in rows] == [True] + 2 * [True, False, True, False]
+    assert rows[4]["leakage"] != rows[1]["leakage"]

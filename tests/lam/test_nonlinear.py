@@ -9,6 +9,7 @@ import torch
 
 from lamkernels.lam import nonlinear_experiments as experiments
 from lamkernels.lam.bottlenecks import BOTTLENECKS
+from lamkernels.lam.effects import effects
 from lamkernels.lam.linear_experiments import Controls
 from lamkernels.lam.vector_lam import Transitions, VectorLAM, train_vector_lam
 
@@ -104,3 +105,15 @@ def test_the_command_writes_figures_and_names_what_is_wrong(tmp_path, monkeypatc
     with pytest.raises(SystemExit):
         experiments.main(["noize"])
     assert "NAME is 'noize'; it must be one of 'noise'" in capsys.readouterr().err
+
+
+def test_an_effect_is_of_one_seed_and_keeps_its_sign():
+    rows = [
+        {"bottleneck": "vq", "remedy": remedy, "seed": seed, "leakage": leakage}
+        for remedy, values in {"none": (0.4, 0.8), "flow": (0.1, 0.5), "views": (0.5, 0.7)}.items()
+        for seed, leakage in enumerate(values)
+    ]
+    flow, views = effects([*rows[::-1], {"bottleneck": "linear", "remedy": "none", "seed": 0, "leakage": 0.4}])[::-1]
+    assert flow["remedy"] == "flow" and flow["leakage"] == pytest.approx(-0.3)
+    assert flow["leakage_interval"] == pytest.approx(0, abs=1e-6)  # both seeds change alike
+    assert views["leakage"] == pytest.approx(0) and views["leakage_interval"] == pytest.approx(12.706 * 0.1, rel=1e-4)
