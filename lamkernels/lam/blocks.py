@@ -189,8 +189,10 @@ def regression(moments: JointMoments, target: str, inputs: str, rtol: float = RT
     Returns:
         (t, d) fp64 and the number of directions used.
     """
-    sample = isinstance(moments, SampleMoments)
-    root = moments.root(inputs, rtol) if sample else whitening(moments.covariance(inputs, inputs), rtol)
+    if isinstance(moments, SampleMoments):
+        root = moments.root(inputs, rtol)
+    else:
+        root = whitening(moments.covariance(inputs, inputs), rtol)
     return moments.covariance(target, inputs) @ root.mT @ root, len(root)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from lamkernels.lam.bottlenecks import BOTTLENECKS
 from lamkernels.lam.exogenous import ExogenousFrames
 from lamkernels.lam.frame_lam import FrameLAM, FrameLAMConfig
-from lamkernels.lam.frame_remedies import Region, agent_flow, train_with_remedy
+from lamkernels.lam.frame_remedies import SECOND_CAMERA, Region, agent_flow, train_with_remedy
 from lamkernels.lam.frame_training import Batches, TrainingConfig
 from lamkernels.lam.objectives import (
     ActionSupervision,
@@ -222,6 +223,24 @@ def test_one_seed_the_same_model_whatever_the_bottleneck(falling, bottleneck):
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
     assert not first.training and not torch.equal(first.head[0].weight, before)
+
+
+def test_views_are_those_of_the_remedy(falling):
+    """A view that is the frame itself makes cross-view reconstruction that of pixels."""
+
+    def weights(remedy, data):
+        shape, training = FrameLAMConfig(8, 1, 2, width=4), TrainingConfig(steps=3, batch_size=32)
+        region = torch.ones(8, 8, dtype=torch.bool)
+        return train_with_remedy(remedy, data, falling.pairs, region, shape, training).state_dict()
+
+    pixels, black = weights("none", falling), torch.zeros_like(falling.frames)
+    for remedy, views, second in (
+        ("cross-view", falling.frames, black), (SECOND_CAMERA, black, falling.frames), ("none", black, black)
+    ):  # fmt: skip
+        found = weights(remedy, replace(falling, views=views, second_views=second))
+        torch.testing.assert_close(found, pixels, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="the batch has no view and no next_view"):
+        weights(SECOND_CAMERA, replace(falling, views=falling.frames))
 
 
 def test_wrong_sizes_are_named():
