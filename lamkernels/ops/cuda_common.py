@@ -1,7 +1,7 @@
 """How the CUDA C++ sources of csrc/ are compiled and launched: by NVRTC, through CuPy, on torch's current stream.
 
-CuPy is imported by the first call that needs it. NVRTC is called here and not by ``cupy.RawModule``, which adds options:
-it flushes subnormal numbers to zero, and knows no ``sm_90a``. What is compiled is kept in CuPy's folder.
+CuPy is imported by the first call that needs it. NVRTC is called here and not by ``cupy.RawModule``, which flushes
+subnormal numbers to zero and knows no ``sm_90a``. What is compiled is kept in CuPy's folder.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def compiled(source: str, defines: tuple[str, ...], capability: tuple[int, int])
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             file.write(code)
-        os.replace(file.name, path)  # whole, whoever else writes it
+        Path(file.name).replace(path)  # whole, whoever else writes it
     return path
 
 

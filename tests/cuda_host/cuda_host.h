@@ -214,11 +214,10 @@ inline unsigned __float_as_uint(float value) {
 }
 
 inline float single_of_half(unsigned short half) {
-    const int exponent = half >> 10 & 31, fraction = half & 1023;
-    const float size = exponent == 31  ? (fraction ? NAN : INFINITY)
-                       : exponent == 0 ? std::ldexp((float)fraction, -24)
-                                       : std::ldexp((float)(fraction + 1024), exponent - 25);
-    return half & 0x8000 ? -size : size;
+    const unsigned sign = (half & 0x8000u) << 16, size = half & 0x7fff;
+    if (size >= 0x7c00) return __uint_as_float(sign | 0x7f800000 | (size & 1023) << 13);
+    const float value = __uint_as_float(size << 13) * 0x1p112f;  // the bias is 112 less, subnormal numbers too
+    return sign ? -value : value;
 }
 
 inline unsigned short half_of_single(float value) {

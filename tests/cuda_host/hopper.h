@@ -78,30 +78,32 @@ inline float half_value(const unsigned char* at) {
     return wide(half);
 }
 
-// Entry (across, along the sum) of a factor in shared memory.
-inline float factor_entry(unsigned long long descriptor, bool transposed, int across, int along) {
-    const long start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4;
-    const long stride = (descriptor >> 32 & 0x3fff) << 4;
-    if (transposed) return half_value(memory + start + across / 8 * stride + along / 8 * leading + along % 8 * 16 + across % 8 * 2);
-    return half_value(memory + start + across / 8 * stride + along / 8 * leading + across % 8 * 16 + along % 8 * 2);
+// COUNT × 16 entries of a factor in shared memory: across, and along the sum.
+inline void read_factor(unsigned long long descriptor, bool transposed, int count, float (*entries)[16]) {
+    const long start = (descriptor & 0x3fff) << 4, along = (descriptor >> 16 & 0x3fff) << 4;
+    const long across = (descriptor >> 32 & 0x3fff) << 4;
+    const int step_across = transposed ? 2 : 16, step_along = transposed ? 16 : 2;
+    for (int i = 0; i < count; ++i)
+        for (int k = 0; k < 16; ++k)
+            entries[i][k] = half_value(memory + start + i / 8 * across + k / 8 * along + i % 8 * step_across +
+                                       k % 8 * step_along);
 }
 
 inline void compute(const Product& product) {
     static float a[64][16], b[128][16];
-    for (int row = 0; row < 64; ++row)
+    if (product.transposed) read_factor(product.descriptor[0], true, 64, a);
+    for (int row = 0; row < 64 && !product.transposed; ++row)
         for (int k = 0; k < 16; ++k) {
-            const int thread = row / 16 * 32 + row % 8 * 4 + k % 8 / 2;
-            const unsigned two = product.a[thread][row % 16 / 8 + k / 8 * 2] >> k % 2 * 16;
-            a[row][k] = product.transposed ? factor_entry(product.descriptor[0], true, row, k)
-                                           : half_value((const unsigned char*)&two);
+            const unsigned two = product.a[row / 16 * 32 + row % 8 * 4 + k % 8 / 2][row % 16 / 8 + k / 8 * 2];
+            a[row][k] = half_value((const unsigned char*)&two + k % 2 * 2);
         }
-    for (int column = 0; column < product.columns; ++column)
-        for (int k = 0; k < 16; ++k) b[column][k] = factor_entry(product.descriptor[1], product.transposed, column, k);
+    read_factor(product.descriptor[1], product.transposed, product.columns, b);
     for (int thread = 0; thread < WARPGROUP; ++thread)
         for (int i = 0; i < product.columns / 2; ++i) {
-            const int row = thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+            const float* row = a[thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8];
+            const float* column = b[i / 4 * 8 + thread % 4 * 2 + i % 2];
             double sum = product.add ? product.d[thread][i] : 0.0;
-            for (int k = 0; k < 16; ++k) sum += (double)a[row][k] * b[column][k];
+            for (int k = 0; k < 16; ++k) sum += (double)row[k] * column[k];
             float kept = (float)sum;
             if (std::fabs(kept) > std::fabs(sum)) kept = std::nextafter(kept, 0.0f);  // tensor cores truncate
             product.d[thread][i] = kept;

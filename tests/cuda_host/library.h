@@ -29,6 +29,7 @@ extern "C" int run(const char* name, const void* arguments, int bytes, int grid,
     std::memcpy(kernel->arguments, arguments, bytes);
     host::entry = kernel->entry;
     host::eager = eager;
+    host::broken = false;
     gridDim.x = grid;
     for (int i = 0; i < grid; ++i) {
         blockIdx.x = blocks[i];

@@ -79,7 +79,7 @@ def num_tiles(dim: int, other: int, symmetric: bool) -> int:
 
 
 def num_splits(tiles: int, num_pairs: int, multiprocessors: int) -> int:
-    """How many ranges of rows: as few waves of blocks as leave the last one nearly full. Of the shape and device alone."""
+    """How many ranges of rows: as few blocks as leave the last wave nearly full. Of the shape and the device alone."""
     most = max(1, min(num_pairs // (4 * ROWS), MOST_WAVES * multiprocessors // tiles))
     return max(range(1, most + 1), key=lambda splits: (_filled(tiles * splits, multiprocessors), -splits))
 

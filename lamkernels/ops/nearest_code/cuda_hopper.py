@@ -38,6 +38,11 @@ def sizes(dim: int) -> Sizes:
     return Sizes(codes, tile, BARRIERS + rows + stages * tile)
 
 
+def defines(dtype: torch.dtype, dim: int) -> tuple[str, ...]:
+    """How the source is told of its rows."""
+    return f"-DPRODUCT_TYPE={TYPES[dtype]}", f"-DDIM={dim}"
+
+
 def unfit(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str:
     """Why the kernels cannot serve these, or ""."""
     heads, rows, dim = x.shape[0], x.shape[1:-1].numel(), x.shape[-1]
@@ -72,7 +77,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str, return_distance: bool
         ),
         (),
     )  # fmt: skip
-    defines = f"-DPRODUCT_TYPE={TYPES[x.dtype]}", f"-DDIM={dim}"
+    given = defines(x.dtype, dim)
     blocks = min(heads * -(-rows // ROWS), multiprocessors(x.device))
     for kernel, grid, shared, threads in (
         ("ready_codes", heads * code_tiles * of.codes // 8, 0, THREADS),
@@ -80,7 +85,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str, return_distance: bool
         ("nearest_code", blocks, of.shared, BLOCK),
         ("finish_rows", heads * -(-rows // THREADS), 0, THREADS),
     ):
-        launch(kernel, SOURCE, defines, grid, arguments, shared, x.device, threads)
+        launch(kernel, SOURCE, given, grid, arguments, shared, x.device, threads)
     return indices, distance
 
 
