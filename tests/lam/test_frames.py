@@ -258,7 +258,7 @@ def test_the_command_writes_figures_and_resumes(square_game, tmp_path, monkeypat
         "noise": replace(TINY, bottlenecks=("none",)),
         "dependence": replace(TINY, data=replace(TINY.data, ratio=(4.0,), coupling=(0.0, 1.0)), bottlenecks=("none",)),
         "remedies": replace(TINY, data=replace(TINY.data, ratio=(4.0,)), remedies=REMEDIES, bottlenecks=("vq",)),
-        "bottlenecks": replace(TINY, bottlenecks=("none", "fsq", "residual")),
+        "bottlenecks": replace(TINY, data=replace(TINY.data, ratio=(4.0,)), bottlenecks=("fsq",)),
     }
     monkeypatch.setattr(experiments, "CONTROLS", controls)
     assert experiments.main(["--out", str(tmp_path)]) == 0
