@@ -20,8 +20,9 @@ RESIDENT_ENTRIES_ELSEWHERE = 2048
 # Rows whose length is not a multiple of this are loaded entry by entry, with an address in registers for each.
 ALIGNED = 16
 REGISTERS = 255
-SCORES = 16384  # that eight warps hold at a time
 OF_TWO_PROGRAMS = 128  # registers of a thread, where two programs of eight warps share a multiprocessor
+OF_PROGRAMS = {2: REGISTERS, 3: 168, 4: 128}  # the same by the number of programs, of four warps
+PROGRAMS = 4  # persistent programs on a multiprocessor
 SMALL_BATCH = 4096  # rows below which more, smaller programs fill the device better
 
 
@@ -94,13 +95,24 @@ def resident(target: str, num_rows: int, num_codes: int, dim: int) -> Tile | Non
 
 
 def lookup(target: str, num_rows: int, num_codes: int, dim: int, native: bool) -> Tile | None:
-    """The tile of a lookup in a resident codebook; it holds no sums, so products of halves take whole warpgroups."""
+    """The tile of a lookup in a resident codebook; it holds no sums, so products of halves take whole warpgroups.
+
+    There small tiles hide the wait for memory: two to four programs share a multiprocessor, each with the next tiles of
+    rows on their way.
+    """
     tile = resident(target, num_rows, num_codes, dim)
-    if tile is None or target != "sm_90" or not native or num_rows <= SMALL_BATCH or dim % ALIGNED:
+    if tile is None or target != "sm_90" or not native or num_rows <= SMALL_BATCH or dim % ALIGNED or tile.codes > 256:
         return tile
-    rows = min(128 if tile.dim > 32 else 256, SCORES // tile.codes)
-    given = Tile(rows, tile.codes, tile.dim, 8, 1, registers(target)) if rows >= 64 else tile
+    size = tile.codes * tile.dim
+    programs = 2 if tile.codes >= 128 or size > 4096 else 3 if tile.dim >= 128 or size == 4096 else 4
+    rows, stages = (128 if size <= 512 else 64), (4 if size == 256 else 3)
+    given = Tile(rows, tile.codes, tile.dim, 8 if tile.codes == 256 else 4, stages, OF_PROGRAMS[programs])
     return MEASURED.get(("lookup", target, tile.codes, tile.dim), given)
+
+
+def programs(tile: Tile) -> int:
+    """How many persistent programs of a lookup share a multiprocessor; those that load ahead never wait for a place."""
+    return PROGRAMS if tile.stages == 1 else max(1, min(PROGRAMS, 65536 // (32 * tile.warps * tile.registers)))
 
 
 def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype, apart: bool = False) -> Tile:

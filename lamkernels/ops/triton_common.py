@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import tensor
 
+from lamkernels import tuning
 from lamkernels.ops.constants import COSINE_EPS
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -151,36 +152,52 @@ def resident_norms(
 
 @triton.jit
 def nearest_resident(
-    x: tensor, codebook: tensor, stride: tensor, num_codes: tensor, dim: tensor, centre: tensor, half_norm: tensor,
-    limit: tensor,
-    L2: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    x: tensor, codebook: tensor, stride: tensor, dim: tensor, centre: tensor, half_norm: tensor,
+    CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> tensor:  # fmt: skip
-    """Index [BN] of the nearest code of each row, −1 without a finite code; whether to look for :func:`rows_to_scan`.
+    """Index [BN] of the nearest code of each row, −1 without a finite code.
 
-    Where there is nothing to look for, the squares of x − μ do not overflow either. The codes are loaded again for each
-    tile of rows: they come from the cache, and would not fit the registers.
+    The codes are loaded again for each tile of rows: they come from the cache, and would not fit the registers.
     """
     k = tl.arange(0, BK)
     d = tl.arange(0, BD)
     inside = (half_norm < float("inf"))[:, None] & (d < dim)[None, :]  # [BK, BD]
     code = tl.load(codebook + k.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
-    wide = less_centre(x, centre, CENTRE)  # [BN, BD]
-    if L2:  # of a tile, not of each row
-        size = tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # as bits a NaN is larger than an infinity
-        doubtful = (size.to(tl.float32, bitcast=True) <= tl.minimum(limit, LARGEST_SQUARED)) == 0
-    else:
-        doubtful = tl.max(rows_to_scan(x, centre, limit, dim, L2, CENTRE).to(tl.int32), axis=0) > 0
     if NATIVE:
         product = tl.dot(x, tl.trans(code), input_precision="ieee", out_dtype=tl.float32)
     else:
         centred = code.to(tl.float32)
         if CENTRE:
             centred = tl.where(inside, centred - centre[None, :], 0.0)
+        wide = less_centre(x, centre, CENTRE)  # [BN, BD]
         product = tl.dot(wide, tl.trans(centred), input_precision=DOT, out_dtype=tl.float32)
     score = half_norm[None, :] - product  # [BN, BK]
     best = tl.min(score, axis=1)
     index = tl.min(tl.where(score == best[:, None], k[None, :], BK), axis=1)
-    return tl.where(best < float("inf"), index, -1), doubtful
+    return tl.where(best < float("inf"), index, -1)
+
+
+@triton.jit
+def doubt(
+    x: tensor, centre: tensor, limit: tensor, dim: tensor, L2: tl.constexpr, CENTRE: tl.constexpr
+) -> tensor:  # fmt: skip
+    """What :func:`is_doubtful` takes, of entries x [BN, BD] alone or as a maximum over tiles."""
+    if L2:  # as bits a NaN is larger than an infinity
+        found = less_centre(x, centre, CENTRE).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    else:
+        found = rows_to_scan(x, centre, limit, dim, L2, CENTRE).to(tl.int32)
+    return found
+
+
+@triton.jit
+def is_doubtful(found: tensor, limit: tensor, L2: tl.constexpr) -> tensor:
+    """Whether there may be :func:`rows_to_scan`; where there are none, the squares of x − μ do not overflow either."""
+    if L2:
+        largest = tl.max(found).to(tl.float32, bitcast=True)
+        doubtful = (largest <= tl.minimum(limit, LARGEST_SQUARED)) == 0
+    else:
+        doubtful = tl.max(found, axis=0) > 0
+    return doubtful
 
 
 @triton.jit
@@ -387,4 +404,6 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 @functools.cache
 def persistent_programs(device: torch.device) -> int:
     """How many programs a persistent kernel gets: a fixed number per device, since the partition decides the bits."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    if device.type != "cuda":
+        return 3
+    return tuning.PROGRAMS * int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -26,9 +26,11 @@ from lamkernels.ops.nearest_code.triton import nearest_code
 from lamkernels.ops.triton_common import (
     Arithmetic,
     arithmetic,
+    doubt,
     first_entries,
     fp32_product,
     grouped_sum,
+    is_doubtful,
     nearest_resident,
     on_device,
     persistent_programs,
@@ -73,9 +75,8 @@ def vector_quantize_fwd_kernel(
             kept = present & (tl.load(mask + head * m_h + row * m_n, mask=present, other=0) != 0)
         rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
         entry = tl.load(rows[:, None] + d[None, :] * x_d, mask=present[:, None] & (d < dim)[None, :], other=0.0)
-        index, scan = nearest_resident(
-            entry, codebook, c_k, num_codes, dim, centre, half_norm, limit, L2, CENTRE, NATIVE, DOT, BK, BD
-        )
+        index = nearest_resident(entry, codebook, c_k, dim, centre, half_norm, CENTRE, NATIVE, DOT, BK, BD)
+        scan = is_doubtful(doubt(entry, centre, limit, dim, L2, CENTRE), limit, L2)
         if scan:
             again = kept & rows_to_scan(entry, centre, limit, dim, L2, CENTRE)
             scanned, _ = scan_exactly(rows, x_d, again, codebook, c_k, num_codes, dim, L2, BN, 16)
