@@ -86,23 +86,25 @@ def parts(out: Path) -> tuple[Part, ...]:
     def sanitized(tool: str) -> Part:
         watch = ("compute-sanitizer", f"--tool={tool}", "--target-processes=application-only", "--error-exitcode=3")
         cases = (sys.executable, "-m", f"{package}.small_cases", "--device=cuda")
-        return Part(tool, 20, (*watch, *cases), "compute-sanitizer", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        return Part(tool, 30, (*watch, *cases), "compute-sanitizer", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
     junit = f"--junitxml={out / 'tests' / 'junit.xml'}"
-    several = ("-n", "6") if importlib.util.find_spec("xdist") else ()  # most of their time is Triton's compiler
+    workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2))  # most of their time is Triton's compiler
+    several = ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
     tests = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *several, junit, "tests/gpu")
     return (
-        Part("tests", 110, tests, "pytest"),
-        suite("train_step", 80, "--suite=lam,tokenizer", "--op=train_step"),
-        suite("targets", 75, "--suite=targets", "--op=nearest_code,vector_quantize"),
-        alone("tune", 35, "--tune"),
-        suite("nearest_code", 55, "--suite=lam,tokenizer", "--op=nearest_code"),
-        suite("vector_quantize", 35, "--suite=lam,tokenizer", "--op=vector_quantize,code_statistics"),
-        suite("covariance", 35, "--suite=targets,moments", "--op=covariance"),
-        suite("memory", 20, "--suite=memory"),
+        Part("tests", 95, tests, "pytest", {"OMP_NUM_THREADS": "1"}),
+        Part("warm", 45, (sys.executable, "-m", f"{package}.warm", "--device=cuda"), "", {"OMP_NUM_THREADS": "1"}),
+        suite("train_step", 75, "--suite=lam,tokenizer", "--op=train_step"),
+        suite("targets", 65, "--suite=targets", "--op=nearest_code,vector_quantize"),
+        alone("tune", 30, "--tune"),
+        suite("nearest_code", 45, "--suite=lam,tokenizer", "--op=nearest_code"),
+        suite("vector_quantize", 30, "--suite=lam,tokenizer", "--op=vector_quantize,code_statistics"),
+        suite("covariance", 30, "--suite=targets,moments", "--op=covariance"),
+        suite("memory", 15, "--suite=memory"),
         alone("compat", 15, "--compat"),
-        alone("lapa", 35, "--profile=lapa", "--seconds=0.3"),
-        alone("univla", 35, "--profile=univla", "--seconds=0.3"),
+        alone("lapa", 30, "--profile=lapa", "--seconds=0.3"),
+        alone("univla", 30, "--profile=univla", "--seconds=0.3"),
         sanitized("memcheck"),
         sanitized("racecheck"),
     )

@@ -211,6 +211,10 @@ def _pick_nearest(inputs: Inputs, *, compiled: bool) -> Nearest:
         torch.backends.cuda.matmul.allow_tf32 = True  # holds products of fp16 and bf16 values exactly
     blocks = (2**26, 2**23) if x.is_cuda else (2**20, 2**18)
     lookups: list[Callable[..., Tensor]] = [_argmin_of_rows, _min_of_columns]
+    if compiled and x.is_cuda:  # the fastest of them not compiled: a compiler takes seconds for each
+        pairs = [(lookup, block) for lookup in lookups for block in blocks]
+        lookup, block = _fastest(pairs, inputs, lambda pair: _in_blocks(*pair)(x, codebook))
+        return _in_blocks(torch.compile(lookup, dynamic=False), block)
     if compiled:
         lookups = [torch.compile(lookup, dynamic=False) for lookup in lookups]
     else:

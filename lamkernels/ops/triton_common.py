@@ -169,12 +169,30 @@ def nearest_resident(
         centred = code.to(tl.float32)
         if CENTRE:
             centred = tl.where(inside, centred - centre[None, :], 0.0)
-        wide = less_centre(x, centre, CENTRE)  # [BN, BD]
-        product = tl.dot(wide, tl.trans(centred), input_precision=DOT, out_dtype=tl.float32)
+        product = dot(less_centre(x, centre, CENTRE), tl.trans(centred), DOT)
     score = half_norm[None, :] - product  # [BN, BK]
     best = tl.min(score, axis=1)
     index = tl.min(tl.where(score == best[:, None], k[None, :], BK), axis=1)
     return tl.where(best < float("inf"), index, -1)
+
+
+@triton.jit
+def dot(a: tensor, b: tensor, DOT: tl.constexpr) -> tensor:
+    """a·b in fp32, of doubles in fp64.
+
+    "tf32x3" is the three products that Triton makes of it, less what it does for NaN and infinity: here they spoil a
+    row or a column that something else decides. A product ignores the bits that tf32 lacks. Small tiles wait for each
+    product, so the first of the three does not wait for the others.
+    """
+    wide = tl.float64 if a.dtype == tl.float64 else tl.float32
+    if DOT == "tf32x3":
+        a_high, b_high = round_to_tf32(a), round_to_tf32(b)
+        small = tl.dot(a - a_high, b_high, input_precision="tf32", out_dtype=wide)
+        small = tl.dot(a_high, b - b_high, small, input_precision="tf32")
+        product = tl.dot(a_high, b_high, input_precision="tf32", out_dtype=wide) + small
+    else:
+        product = tl.dot(a, b, input_precision=DOT, out_dtype=wide)
+    return product
 
 
 @triton.jit
@@ -192,11 +210,10 @@ def doubt(
 @triton.jit
 def is_doubtful(found: tensor, limit: tensor, L2: tl.constexpr) -> tensor:
     """Whether there may be :func:`rows_to_scan`; where there are none, the squares of x − μ do not overflow either."""
+    largest = tl.max(found)
+    doubtful = largest > 0
     if L2:
-        largest = tl.max(found).to(tl.float32, bitcast=True)
-        doubtful = (largest <= tl.minimum(limit, LARGEST_SQUARED)) == 0
-    else:
-        doubtful = tl.max(found, axis=0) > 0
+        doubtful = (largest.to(tl.float32, bitcast=True) <= tl.minimum(limit, LARGEST_SQUARED)) == 0
     return doubtful
 
 
@@ -325,19 +342,20 @@ def round_to_tf32(value: tensor) -> tensor:
 def grouped_sum(member: tensor, value: tensor, DOT: tl.constexpr) -> tensor:
     """Sums [BG, BD] of the rows of ``value`` [BN, BD] that are members [BG, BN] of each group.
 
-    The one-hot factor is exact in tf32, so two products do, of the two halves of ``value``: an error of 2⁻²³ of it.
+    The one-hot factor is exact in tf32, so two products do, of the two halves of ``value``: an error of 2⁻²³ of it. The
+    product ignores the bits of the lower half that tf32 lacks.
     """
     if value.dtype == tl.float64:
         total = tl.sum(tl.where(member[:, :, None], value[None, :, :], 0.0), axis=1)
     else:  # clamped, because an infinity would reach every group as 0 · inf
-        clamped = tl.minimum(tl.maximum(value, -LARGEST_SINGLE), LARGEST_SINGLE)
+        value = tl.minimum(tl.maximum(value, -LARGEST_SINGLE), LARGEST_SINGLE)
         one_hot = member.to(tl.float32)
         if DOT == "ieee":
-            total = tl.dot(one_hot, clamped, input_precision="ieee", out_dtype=tl.float32)
+            total = tl.dot(one_hot, value, input_precision="ieee", out_dtype=tl.float32)
         else:
-            high = round_to_tf32(clamped)
+            high = round_to_tf32(value)
             total = tl.dot(one_hot, high, input_precision="tf32", out_dtype=tl.float32)
-            total = tl.dot(one_hot, round_to_tf32(clamped - high), total, input_precision="tf32")
+            total = tl.dot(one_hot, value - high, total, input_precision="tf32")
     return total
 
 

@@ -67,14 +67,17 @@ def vector_quantize_fwd_kernel(
     total = tl.zeros([BK, BD], tl.float32)
     count = tl.zeros([BK], tl.int32)
     loss = tl.zeros([BN], tl.float64)
-    for tile in range(tl.program_id(0) % programs, tiles, programs):
+    start = tl.program_id(0) % programs
+    coming = rows_of_tile(x + head * x_h, start, num_rows, dim, x_b, x_l, x_n, x_d, BN, BD)
+    for tile in range(start, tiles, programs):
+        entry = coming
+        coming = rows_of_tile(x + head * x_h, tile + programs, num_rows, dim, x_b, x_l, x_n, x_d, BN, BD)
         row = tl.cast(tile, tl.int64) * BN + tl.arange(0, BN)
         present = row < num_rows
         kept = present
         if MASK:
             kept = present & (tl.load(mask + head * m_h + row * m_n, mask=present, other=0) != 0)
         rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
-        entry = tl.load(rows[:, None] + d[None, :] * x_d, mask=present[:, None] & (d < dim)[None, :], other=0.0)
         index = nearest_resident(entry, codebook, c_k, dim, centre, half_norm, CENTRE, NATIVE, DOT, BK, BD)
         scan = is_doubtful(doubt(entry, centre, limit, dim, L2, CENTRE), limit, L2)
         if scan:
@@ -84,15 +87,18 @@ def vector_quantize_fwd_kernel(
         index = tl.where(kept, index, -1)
         tl.store(indices + head * num_rows + row, index.to(tl.int64), mask=present)
         inside = (index >= 0)[:, None] & (d < dim)[None, :]
-        chosen = tl.load(codebook + index.to(tl.int64)[:, None] * c_k + d[None, :], mask=inside, other=0.0)
-        value = tl.where((index >= 0)[:, None], chosen.to(tl.float32), float("nan"))
-        value = tl.where(kept[:, None], value, 0.0).to(quantized.dtype.element_ty)
+        source = codebook + index.to(tl.int64)[:, None] * c_k + d[None, :]
+        chosen = tl.load(source, mask=inside, other=float("nan")).to(tl.float32)
+        value = chosen
+        if MASK:
+            value = tl.where(kept[:, None], value, 0.0)
+        value = value.to(quantized.dtype.element_ty)
         place = (head * num_rows + row)[:, None] * dim + d[None, :]
         wide = entry.to(tl.float32)
         if COSINE:
             first, second = unit_scales(rows, x_d, index >= 0, dim, tl.float32, BN, BD)
             wide = wide * first[:, None] * second[:, None]
-        residual = tl.where(inside, wide - chosen.to(tl.float32), 0.0)
+        residual = tl.where(inside, wide - chosen, 0.0)
         square = tl.sum(residual * residual, axis=1).to(tl.float64)
         if scan:
             square = squared_norm(residual)
@@ -112,6 +118,17 @@ def vector_quantize_fwd_kernel(
     tl.store(part_counts + part, count, mask=k < num_codes)
     tl.store(part_losses + program * 2, tl.sum(loss, axis=0))
     tl.store(part_losses + program * 2 + 1, tl.sum(count, axis=0).to(tl.float64))
+
+
+@triton.jit
+def rows_of_tile(
+    x: tensor, tile: tensor, num_rows: tensor, dim: tl.constexpr, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor,
+    BN: tl.constexpr, BD: tl.constexpr,
+) -> tensor:  # fmt: skip
+    """The entries [BN, BD] of a tile of rows, 0 where there are none."""
+    row, d = tl.cast(tile, tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    rows = first_entries(x, row, x_b, x_l, x_n)
+    return tl.load(rows[:, None] + d[None, :] * x_d, mask=(row < num_rows)[:, None] & (d < dim)[None, :], other=0.0)
 
 
 @triton.jit
