@@ -86,7 +86,7 @@ def parts(out: Path) -> tuple[Part, ...]:
     def sanitized(tool: str) -> Part:
         watch = ("compute-sanitizer", f"--tool={tool}", "--target-processes=application-only", "--error-exitcode=3")
         cases = (sys.executable, "-m", f"{package}.small_cases", "--device=cuda")
-        return Part(tool, 30, (*watch, *cases), "compute-sanitizer", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        return Part(tool, 27, (*watch, *cases), "compute-sanitizer", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
     junit = f"--junitxml={out / 'tests' / 'junit.xml'}"
     workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2))  # most of their time is Triton's compiler
@@ -95,12 +95,12 @@ def parts(out: Path) -> tuple[Part, ...]:
     return (
         Part("tests", 95, tests, "pytest", {"OMP_NUM_THREADS": "1"}),
         Part("warm", 45, (sys.executable, "-m", f"{package}.warm", "--device=cuda"), "", {"OMP_NUM_THREADS": "1"}),
-        suite("train_step", 75, "--suite=lam,tokenizer", "--op=train_step"),
+        suite("train_step", 70, "--suite=lam,tokenizer", "--op=train_step"),
         suite("targets", 65, "--suite=targets", "--op=nearest_code,vector_quantize"),
         alone("tune", 30, "--tune"),
-        suite("nearest_code", 45, "--suite=lam,tokenizer", "--op=nearest_code"),
+        suite("nearest_code", 40, "--suite=lam,tokenizer", "--op=nearest_code"),
         suite("vector_quantize", 30, "--suite=lam,tokenizer", "--op=vector_quantize,code_statistics"),
-        suite("covariance", 30, "--suite=targets,moments", "--op=covariance"),
+        suite("covariance", 45, "--suite=targets,moments", "--op=covariance"),
         suite("memory", 15, "--suite=memory"),
         alone("compat", 15, "--compat"),
         alone("lapa", 30, "--profile=lapa", "--seconds=0.3"),

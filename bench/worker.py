@@ -125,14 +125,19 @@ def _sample_cpu(
 
 def _sample_gpu(run: Run, buffers: int, seconds: float) -> list[float]:
     """GPU times in ms, by events. A spin ahead of each call lets the launches queue up, so that gaps between them do
-    not count, unless the provider itself waits for the GPU.
+    not count, unless the provider itself waits for the GPU. Of calls that take longer than all of it there are two.
     """
     samples: list[float] = []
+    begin = time.perf_counter()
     for warm in range(3):
         run(warm % buffers)
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        if time.perf_counter() - begin > seconds:
+            break
     begin = time.perf_counter()
-    while len(samples) < 5 or (time.perf_counter() - begin < seconds and len(samples) < MAX_SAMPLES):
+    while len(samples) < (2 if time.perf_counter() - begin > seconds else 5) or (
+        time.perf_counter() - begin < seconds and len(samples) < MAX_SAMPLES
+    ):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]  # cycles: about a millisecond
         start.record()

@@ -110,6 +110,11 @@ def lookup(target: str, num_rows: int, num_codes: int, dim: int, native: bool) -
     return MEASURED.get(("lookup", target, tile.codes, tile.dim), given)
 
 
+def loads_ahead(target: str) -> bool:
+    """Whether the one pass has registers for the next tile of rows, and for the halves of an fp32 product."""
+    return target in ("sm_90", "interpreter")
+
+
 def programs(tile: Tile) -> int:
     """How many persistent programs of a lookup share a multiprocessor; those that load ahead never wait for a place."""
     return PROGRAMS if tile.stages == 1 else max(1, min(PROGRAMS, 65536 // (32 * tile.warps * tile.registers)))

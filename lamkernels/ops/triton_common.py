@@ -29,6 +29,7 @@ LARGEST_SQUARED = tl.constexpr(2.0**58)  # a sum of squares of 2¹² such entrie
 LARGEST_SINGLE = tl.constexpr(3.4e38)  # still finite when rounded to tf32
 COSINE_CLAMP = tl.constexpr(COSINE_EPS)
 SMALLEST_UNIT = tl.constexpr(1e-37)  # what the largest entry of a row is clamped to: its inverse is a normal number
+FEW_PRODUCTS = tl.constexpr(2048)  # of a tile, to each step
 LARGEST_DOUBLE = tl.constexpr(1.7976931348623157e308)
 
 
@@ -180,16 +181,19 @@ def nearest_resident(
 def dot(a: tensor, b: tensor, DOT: tl.constexpr) -> tensor:
     """a·b in fp32, of doubles in fp64.
 
-    "tf32x3" is the three products that Triton makes of it, less what it does for NaN and infinity: here they spoil a
-    row or a column that something else decides. A product ignores the bits that tf32 lacks. Small tiles wait for each
-    product, so the first of the three does not wait for the others.
+    "split" is the three TF32 products that Triton makes of "tf32x3", less what it does for NaN and infinity: here they
+    spoil a row or a column that something else decides. A product ignores the bits that tf32 lacks. Small tiles wait
+    for each product, so there the last of the three does not wait for the others.
     """
     wide = tl.float64 if a.dtype == tl.float64 else tl.float32
-    if DOT == "tf32x3":
+    if DOT == "split":
         a_high, b_high = round_to_tf32(a), round_to_tf32(b)
         small = tl.dot(a - a_high, b_high, input_precision="tf32", out_dtype=wide)
         small = tl.dot(a_high, b - b_high, small, input_precision="tf32")
-        product = tl.dot(a_high, b_high, input_precision="tf32", out_dtype=wide) + small
+        if a.shape[0] * b.shape[1] <= FEW_PRODUCTS:
+            product = tl.dot(a_high, b_high, input_precision="tf32", out_dtype=wide) + small
+        else:
+            product = tl.dot(a_high, b_high, small, input_precision="tf32")
     else:
         product = tl.dot(a, b, input_precision=DOT, out_dtype=wide)
     return product
@@ -365,7 +369,7 @@ class Arithmetic(NamedTuple):
     exact: bool  # fp64 differences over all codes
     centre: bool  # fp32 rows: subtract the grid centre of the codes
     native: bool  # product of two equal half types, accumulated in fp32
-    dot: str  # input_precision of the fp32 product
+    dot: str  # how fp32 is multiplied: an input_precision, or "split", see :func:`dot`
 
 
 def arithmetic(x: Tensor, codebook: Tensor, metric: str, precision: str, target: str) -> Arithmetic:
@@ -380,8 +384,10 @@ def arithmetic(x: Tensor, codebook: Tensor, metric: str, precision: str, target:
 
 
 def fp32_product(target: str) -> str:
-    """The input_precision that keeps about 22 bits of both factors; tf32x3 does not compile for AMD."""
-    return "ieee" if target.startswith("gfx") else "tf32x3"
+    """What :func:`dot` takes to keep about 22 bits of both factors; TF32 does not compile for AMD."""
+    if target.startswith("gfx"):
+        return "ieee"
+    return "split" if tuning.loads_ahead(target) else "tf32x3"
 
 
 def unit_inner(tensor: Tensor) -> Tensor:

@@ -103,7 +103,10 @@ def scatter_kernel(
             a = tl.where(mask_x, (a - shift_of_x[None, :]) * weight[:, None], 0.0)
             b = tl.where(mask_y, b - shift_of_y[None, :], 0.0)
             if MATRIX:
-                product += dot(tl.trans(a), b, DOT)
+                if DOT == "split":
+                    product += dot(tl.trans(a), b, DOT)
+                else:
+                    product = tl.dot(tl.trans(a), b, product, input_precision=DOT, out_dtype=wide)
             else:
                 product += tl.sum(a[:, :, None] * b[:, None, :], axis=0)
             if SYMMETRIC:

@@ -270,11 +270,12 @@ def _streamed(
     (heads, rows), (num_codes, dim) = indices.shape, codebook.shape[1:]
     product = x.dtype if how.native else torch.float32
     tile = tuning.streamed(tuning.target_of(x.device), num_codes, dim, product, apart=strides[4] != 1)
+    precision = "tf32x3" if how.dot == "split" else how.dot
     ready = ready_codebook(codebook, tile, metric == "l2", how.centre, product)
     tiles = triton.cdiv(rows, tile.rows)
     nearest_code_streamed_kernel[(heads * tiles,)](
         x, codebook, *ready, indices, distance, rows, num_codes, dim, *ready.codes.shape[1:],
         *strides, tiles, metric == "l2", metric == "cosine", how.centre, how.native,
-        how.dot, distance.numel() > 0, dim <= tile.dim, tile.rows, tile.codes, tile.dim, min(tile.rows, SCANNED),
+        precision, distance.numel() > 0, dim <= tile.dim, tile.rows, tile.codes, tile.dim, min(tile.rows, SCANNED),
         **tile.options(),
     )  # fmt: skip

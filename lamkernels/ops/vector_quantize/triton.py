@@ -56,7 +56,8 @@ def vector_quantize_fwd_kernel(
     x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor, c_k: tensor, m_h: tensor, m_n: tensor,
     tiles: tensor, programs: tensor,
     L2: tl.constexpr, COSINE: tl.constexpr, NOISE: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr,
-    DOT: tl.constexpr, SUM_DOT: tl.constexpr, MASK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    DOT: tl.constexpr, SUM_DOT: tl.constexpr, MASK: tl.constexpr, AHEAD: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """Lookup, output, and per program: residual sums (H, P, K, D), counts (H, P, K), loss and rows (H, P, 2)."""
     head = (tl.program_id(0) // programs).to(tl.int64)
@@ -68,10 +69,14 @@ def vector_quantize_fwd_kernel(
     count = tl.zeros([BK], tl.int32)
     loss = tl.zeros([BN], tl.float64)
     start = tl.program_id(0) % programs
-    coming = rows_of_tile(x + head * x_h, start, num_rows, dim, x_b, x_l, x_n, x_d, BN, BD)
+    if AHEAD:
+        coming = rows_of_tile(x + head * x_h, start, num_rows, dim, x_b, x_l, x_n, x_d, BN, BD)
     for tile in range(start, tiles, programs):
-        entry = coming
-        coming = rows_of_tile(x + head * x_h, tile + programs, num_rows, dim, x_b, x_l, x_n, x_d, BN, BD)
+        if AHEAD:
+            entry = coming
+            coming = rows_of_tile(x + head * x_h, tile + programs, num_rows, dim, x_b, x_l, x_n, x_d, BN, BD)
+        else:
+            entry = rows_of_tile(x + head * x_h, tile, num_rows, dim, x_b, x_l, x_n, x_d, BN, BD)
         row = tl.cast(tile, tl.int64) * BN + tl.arange(0, BN)
         present = row < num_rows
         kept = present
@@ -257,7 +262,7 @@ def _fused(
     tile: tuning.Tile, out: Outputs,
 ) -> None:  # fmt: skip
     (heads, rows, dim), num_codes, (x, strides) = out.quantized.shape, codebook.shape[1], rows_in_place(x)
-    tiles = triton.cdiv(rows, tile.rows)
+    target, tiles = tuning.target_of(x.device), triton.cdiv(rows, tile.rows)
     # enough programs that none sums more than so many rows in fp32
     programs = max(1, min(tiles, max(persistent_programs(x.device), triton.cdiv(rows, tuning.ROWS_PER_SUM))))
     parts = x.new_empty((heads, programs, num_codes, dim), dtype=torch.float32)
@@ -267,8 +272,8 @@ def _fused(
         x, codebook, out.indices if mask is None else mask, out.quantized, out.indices, parts, part_counts, part_losses,
         x if noise is None else noise, out.codes, rows, num_codes, dim, *strides, *codebook.stride()[:2],
         *((0, 0) if mask is None else mask.stride()), tiles, programs, metric == "l2", metric == "cosine",
-        noise is not None, how.centre, how.native, how.dot, fp32_product(tuning.target_of(x.device)),
-        mask is not None, tile.rows, tile.codes, tile.dim, **tile.options(),
+        noise is not None, how.centre, how.native, how.dot, fp32_product(target),
+        mask is not None, tuning.loads_ahead(target), tile.rows, tile.codes, tile.dim, **tile.options(),
     )  # fmt: skip
     _merge(parts, part_counts, part_losses, codebook, out, programs, 0)
 
