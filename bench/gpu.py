@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GRACE = 10.0  # seconds in which a part that is out of time writes what it has
 TAIL = 40  # lines of a part's output that its record keeps
 PROVIDERS = "triton,cuda,harness,flash-kmeans,flashlib,eager,compile,vqp,vqp-compile"
+ALONE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # of processes that share the cores
 TOOLS = ("nvidia-smi", "nvcc", "compute-sanitizer", "cuobjdump")
 
 
@@ -93,8 +94,8 @@ def parts(out: Path) -> tuple[Part, ...]:
     several = ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
     tests = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *several, junit, "tests/gpu")
     return (
-        Part("tests", 95, tests, "pytest", {"OMP_NUM_THREADS": "1"}),
-        Part("warm", 45, (sys.executable, "-m", f"{package}.warm", "--device=cuda"), "", {"OMP_NUM_THREADS": "1"}),
+        Part("tests", 95, tests, "pytest", ALONE),
+        Part("warm", 45, (sys.executable, "-m", f"{package}.warm", "--device=cuda"), "", ALONE),
         suite("train_step", 70, "--suite=lam,tokenizer", "--op=train_step"),
         suite("targets", 65, "--suite=targets", "--op=nearest_code,vector_quantize"),
         alone("tune", 30, "--tune"),

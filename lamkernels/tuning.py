@@ -21,7 +21,7 @@ RESIDENT_ENTRIES_ELSEWHERE = 2048
 ALIGNED = 16
 REGISTERS = 255
 OF_TWO_PROGRAMS = 128  # registers of a thread, where two programs of eight warps share a multiprocessor
-OF_PROGRAMS = {2: REGISTERS, 3: 168, 4: 128}  # the same by the number of programs, of four warps
+OF_THREE_SMALL, OF_FOUR_SMALL = 168, 128  # where three or four programs of four warps do
 PROGRAMS = 4  # persistent programs on a multiprocessor
 SMALL_BATCH = 4096  # rows below which more, smaller programs fill the device better
 
@@ -97,16 +97,21 @@ def resident(target: str, num_rows: int, num_codes: int, dim: int) -> Tile | Non
 def lookup(target: str, num_rows: int, num_codes: int, dim: int, native: bool) -> Tile | None:
     """The tile of a lookup in a resident codebook; it holds no sums, so products of halves take whole warpgroups.
 
-    There small tiles hide the wait for memory: two to four programs share a multiprocessor, each with the next tiles of
-    rows on their way.
+    On sm_90 small tiles hide the wait for memory: two to four programs share a multiprocessor, each with the next tiles
+    of rows on their way.
     """
     tile = resident(target, num_rows, num_codes, dim)
     if tile is None or target != "sm_90" or not native or num_rows <= SMALL_BATCH or dim % ALIGNED or tile.codes > 256:
         return tile
     size = tile.codes * tile.dim
-    programs = 2 if tile.codes >= 128 or size > 4096 else 3 if tile.dim >= 128 or size == 4096 else 4
     rows, stages = (128 if size <= 512 else 64), (4 if size == 256 else 3)
-    given = Tile(rows, tile.codes, tile.dim, 8 if tile.codes == 256 else 4, stages, OF_PROGRAMS[programs])
+    if tile.codes == 256 or size > 4096:
+        warps, most = 8, REGISTERS if tile.codes == 256 else OF_TWO_PROGRAMS
+    elif tile.codes == 128:
+        warps, most = 4, REGISTERS
+    else:
+        warps, most = 4, OF_THREE_SMALL if tile.dim == 128 or size == 4096 else OF_FOUR_SMALL
+    given = Tile(rows, tile.codes, tile.dim, warps, stages, most)
     return MEASURED.get(("lookup", target, tile.codes, tile.dim), given)
 
 
