@@ -70,6 +70,7 @@ def test_what_a_form_does_not_take_is_a_row():
     assert step.ms is None and step.note.startswith("RuntimeError")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
 def test_the_compiled_step_is_the_eager_one(monkeypatch):
     compiled = torch.nn.Module.compile
     # the whole of what Dynamo and autograd make of it, without the minutes of a C++ compiler
