@@ -143,7 +143,8 @@ def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype, apart: b
         # multiprocessor, so that the minimum of one is found while the other multiplies.
         entries = power(dim)
         return Tile(128, 128, entries, 8, 2, OF_TWO_PROGRAMS if entries <= 128 else REGISTERS)
-    return Tile(128, 128, 64, 8, 3, REGISTERS) if half else Tile(64, 64, 32, 4, 2, REGISTERS)
+    rows = 64 if target in ("sm_90", "sm_100", "sm_120") else 32  # 64 spill a register or two
+    return Tile(128, 128, 64, 8, 3, REGISTERS) if half else Tile(rows, 64, 32, 4, 2, REGISTERS)
 
 
 def exact(target: str) -> Tile:
