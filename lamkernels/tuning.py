@@ -122,7 +122,9 @@ def loads_ahead(target: str) -> bool:
 
 def programs(tile: Tile) -> int:
     """How many persistent programs of a lookup share a multiprocessor; those that load ahead never wait for a place."""
-    return PROGRAMS if tile.stages == 1 else max(1, min(PROGRAMS, 65536 // (32 * tile.warps * tile.registers)))
+    if tile.stages == 1 or not tile.registers:
+        return PROGRAMS
+    return max(1, min(PROGRAMS, 65536 // (32 * tile.warps * tile.registers)))
 
 
 def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype, apart: bool = False) -> Tile:
