@@ -163,7 +163,7 @@ def _process(part: Part, seconds: float, commit: str) -> tuple[str, str]:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     process = subprocess.Popen(
         part.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
+        errors="replace", start_new_session=True, preexec_fn=_heed_interrupts,
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=seconds)
@@ -176,6 +176,11 @@ def _process(part: Part, seconds: float, commit: str) -> tuple[str, str]:
         return "out of time", process.communicate()[0]
     finally:
         _kill(process)  # nothing of it outlives it
+
+
+def _heed_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
