@@ -46,10 +46,10 @@ def bound(levels: int, rounding: int) -> Bound:
     """
     if rounding != BOUNDED:
         half = (levels - 1) / 2
-        edges = [math.atanh((j - 0.5) / half - 1) for j in range(1, levels)]
+        middles = [math.atanh((j - 0.5) / half - 1) for j in range(1, levels)]
         if rounding == EVEN and levels % 4 == 2:  # the even position is the lower one
-            edges[levels // 2 - 1] = float(torch.finfo(torch.float32).tiny)
-        return Bound(tuple(edges), half, half, 1.0, 0.0)
+            middles[levels // 2 - 1] = float(torch.finfo(torch.float32).tiny)
+        return Bound(tuple(middles), half, half, 1.0, 0.0)
     width = levels // 2
     half, offset = (levels - 1) * (1 + MARGIN) / 2, 0.5 if levels % 2 == 0 else 0.0
     shift = math.atanh(offset / half)

@@ -194,10 +194,11 @@ def _forward(
     count, rows = _sizes(x, heads)
     computed = torch.float64 if x.dtype == torch.float64 else torch.float32
     quantized, indices = empty(x.shape, x.dtype), torch.empty(x.shape[:-1], dtype=torch.int64, device="cpu")
-    commitment, entropy = (torch.zeros(heads, dtype=computed, device="cpu") for _ in range(2))
-    num_rows = torch.zeros(heads, dtype=torch.int64, device="cpu")
-    mask = None if mask is None else mask.contiguous()
     tasks = count * -(-rows // CHUNK)
+    make = torch.empty if tasks else torch.zeros  # the last task writes them
+    commitment, entropy = (make(heads, dtype=computed, device="cpu") for _ in range(2))
+    num_rows = make(heads, dtype=torch.int64, device="cpu")
+    mask = None if mask is None else mask.contiguous()
     partial = torch.empty(tasks * 3, dtype=torch.float64, device="cpu")
     parameters = (
         *_common(x, indices, num_rows, options, heads), 0 if mask is None else mask.data_ptr(), quantized.data_ptr(),

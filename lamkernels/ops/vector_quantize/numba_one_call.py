@@ -300,6 +300,7 @@ def by_operator(
     grad_commitment: Tensor | None,
     grad_codebook_loss: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
+    """:func:`gradient` by the registered operator, of what :class:`Quantize` saves."""
     x, _, codes, indices, residual_sums, noise = saved
     heads, dim = ctx.plan.heads, ctx.plan.dim
     if ctx.plan.as_x:
