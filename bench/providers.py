@@ -135,11 +135,18 @@ def _ours(backend: Any) -> dict[str, Prepare]:
     }
 
 
-def _many_codes(workload: Workload) -> str:
-    from lamkernels.ops.vector_quantize.cuda import fits
+def _not_in_cuda(workload: Workload) -> str:
+    """Why backend "cuda" does not take a workload, in the words of its error, or ""."""
+    from lamkernels.ops.covariance import cuda as covariance
+    from lamkernels.ops.nearest_code import cuda as lookup
+    from lamkernels.ops.vector_quantize import cuda as quantise
 
-    fitting = fits(workload.K, workload.D, torch.device("cuda"))
-    return "" if fitting else "takes codebooks that fit the shared memory of a block only"
+    device = "cuda" if torch.cuda.is_available() else "meta"
+    x, codes = (torch.empty((1, 1, workload.D), dtype=getattr(torch, workload.dtype), device=device) for _ in range(2))
+    if workload.op == "covariance":
+        return covariance.unfit(x, None, "default")
+    x, codes = x.expand(1, workload.N, -1), codes.expand(1, workload.K, -1)
+    return (lookup if workload.op == "nearest_code" else quantise).unfit(x, codes, "l2")
 
 
 def _step(module: Callable[[Tensor], Any], inputs: Inputs, codebook: Callable[[], Tensor]) -> Run:
@@ -447,11 +454,11 @@ PROVIDERS: dict[str, Provider] = {
         Provider(
             "cuda",
             "ours",
-            {op: prepare for op, prepare in _ours("cuda").items() if op != "covariance"},
+            _ours("cuda"),
             f"cupy-cuda{(torch.version.cuda or '13').partition('.')[0]}x",
             "cupy",
             GPU,
-            refuses=_many_codes,
+            refuses=_not_in_cuda,
         ),
         Provider("reference", "baseline", _ours("reference"), "lamkernels", "lamkernels"),
         Provider("harness", "floor", {"train_step": _harness}, "torch", "torch"),

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 import lamkernels as lk
+from lamkernels.ops.cuda_common import HOPPER
 
 CUDA_CASES = ("lookup", "lookup, exact", "quantise", "quantise, dot, bf16", "statistics", "module")  # of csrc/
+HOPPER_CASES = ("lookup, many codes, bf16", "lookup, many codes, fp16", "moments, 260 columns")
 SMALL, LARGE = (130, 5, 12), (70, 1030, 33)  # rows, codes, dim: one resident tile, and streamed tiles; both with tails
+MANY, WIDEST = (300, 700, 40), (300, 300, 256)
 
 
 def cases(device: str, backend: Any) -> dict[str, Callable[[], Sequence[Tensor]]]:
@@ -73,6 +76,8 @@ def cases(device: str, backend: Any) -> dict[str, Callable[[], Sequence[Tensor]]
         "lookup, exact": lambda: lookup(SMALL, single, precision="exact"),
         "lookup, streamed": lambda: lookup(LARGE, single),
         "lookup, streamed, bf16": lambda: lookup(LARGE, half, metric="dot"),
+        "lookup, many codes, bf16": lambda: lookup(MANY, half),
+        "lookup, many codes, fp16": lambda: lookup(WIDEST, torch.float16),
         "quantise": lambda: quantise(SMALL, single),
         "quantise, rotation": lambda: quantise(SMALL, single, gradient="rotation"),
         "quantise, noise": lambda: quantise(SMALL, half, gradient="noise"),
@@ -84,6 +89,7 @@ def cases(device: str, backend: Any) -> dict[str, Callable[[], Sequence[Tensor]]
         "finite scalar": scalars,
         "lookup-free": lookup_free,
         "moments": lambda: moments(20),
+        "moments, 260 columns": lambda: moments(260),
         "moments, wide, exact": lambda: moments(70, precision="exact"),
         "module": module,
     }
@@ -114,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     available, reason = lk.available_backends()["cuda"]
     if device == "cuda" and available:
         compiled = cases(device, "cuda")
-        chosen |= {f"{name}, CUDA C++": compiled[name] for name in CUDA_CASES}
+        hopper = HOPPER_CASES if torch.cuda.get_device_capability() == HOPPER else ()
+        chosen |= {f"{name}, CUDA C++": compiled[name] for name in (*CUDA_CASES, *hopper)}
     elif device == "cuda":
         print(f"without backend 'cuda': {reason}")
     wrong = []

@@ -5,51 +5,12 @@
 // that finishes last merges the blocks' parts in fp64 and in their order, so that no bit depends on the schedule. It is
 // found by a ticket that wraps around to 0, so that a launch leaves behind what the next one needs.
 //
-// Nothing is included: NVRTC then needs no headers. FMAs are written out (compile with --fmad=false), so that the same
-// source gives the same bits on a CPU (tests/cuda_host).
+// FMAs are written out (compile with --fmad=false), so that the same source gives the same bits on a CPU
+// (tests/cuda_host).
 
 constexpr int ROWS = 32;  // of a tile: a lane each
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
-constexpr unsigned ALL = 0xffffffffu;
-#define INF __uint_as_float(0x7f800000u)
-constexpr double WORST = 1.7976931348623157e308;  // a score past fp64, still better than that of a code with a NaN
-
-struct f16 {
-    unsigned short bits;
-};
-struct bf16 {
-    unsigned short bits;
-};
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-    T at[4];
-};
-
-__device__ inline float wide(float value) { return value; }
-__device__ inline float wide(bf16 value) { return __uint_as_float((unsigned)value.bits << 16); }
-__device__ inline float wide(f16 value) {
-#ifdef __CUDA_ARCH__
-    float single;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(single) : "h"(value.bits));
-    return single;
-#else
-    return single_of_half(value.bits);
-#endif
-}
-
-__device__ inline void narrow(float value, float& out) { out = value; }
-__device__ inline void narrow(float value, bf16& out) {
-    const unsigned bits = __float_as_uint(value);
-    out.bits = value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;  // to nearest even
-}
-__device__ inline void narrow(float value, f16& out) {
-#ifdef __CUDA_ARCH__
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
-#else
-    out.bits = half_of_single(value);
-#endif
-}
 
 // Arguments: eight bytes each, so that the launcher packs them without padding. Strides count entries.
 struct Forward {
@@ -135,8 +96,6 @@ __device__ inline Shared carve(unsigned char* memory, int num_codes, int stride)
     s.chosen = s.finite + num_codes;
     return s;
 }
-
-__device__ inline bool is_finite(float value) { return fabsf(value) < INF; }  // false for NaN too
 
 __device__ inline double sum_of_warp(double value) {
     for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(ALL, value, step);

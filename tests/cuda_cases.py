@@ -14,11 +14,19 @@ import pytest
 import torch
 
 from lamkernels.ops import cuda_common
+from lamkernels.ops.covariance import cuda as covariance
+from lamkernels.ops.nearest_code import cuda_hopper
 from lamkernels.ops.vector_quantize import cuda
 
 HERE = Path(__file__).parent / "cuda_host"
 COMPILER = shutil.which("g++")
-KERNELS = ("vector_quantize_fwd", "vector_quantize_bwd")
+ERRORS = (
+    "",
+    "threads wait for each other for ever",
+    "written past the shared memory",
+    "what a GPU forbids",
+    "no such kernel, or not its arguments",
+)
 
 
 class Host:
@@ -26,31 +34,33 @@ class Host:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.libraries: dict[tuple[torch.dtype, torch.dtype], ctypes.CDLL] = {}
+        self.libraries: dict[tuple[str, ...], ctypes.CDLL] = {}
         self.random: random.Random | None = None
+        self.eager = False
         self.launches: list[str] = []
         self.counters = torch.zeros(64, dtype=torch.int32)
 
     def shuffle(self, seed: int | None) -> None:
-        """From now on blocks and threads run in an order of this seed; None is their own."""
+        """From now on blocks and threads run in an order of this seed, None is their own; an odd one copies at once."""
         self.random = None if seed is None else random.Random(seed)
+        self.eager = seed is not None and seed % 2 == 1
 
     def launch(
-        self, kernel: str, source: str, dtypes: tuple[torch.dtype, torch.dtype], grid: int, arguments: bytes,
-        shared: int, device: torch.device,
+        self, kernel: str, source: str, defines: tuple[str, ...], grid: int, arguments: bytes, shared: int,
+        device: torch.device, threads: int = cuda_common.THREADS,
     ) -> None:  # fmt: skip
         """Stands in for :func:`lamkernels.ops.cuda_common.launch`."""
-        library, number = self._library(dtypes), KERNELS.index(kernel)
-        assert len(arguments) == library.argument_bytes(number), f"the arguments of {kernel} are not its struct"
-        assert source == cuda.SOURCE and device.type == "cpu" and grid > 0
-        blocks, threads = list(range(grid)), list(range(cuda_common.THREADS))
+        assert device.type == "cpu" and grid > 0
+        library = self._library(source, defines)
+        orders = list(range(grid)), list(range(threads))
         if self.random:
-            self.random.shuffle(blocks)
-            self.random.shuffle(threads)
+            for order in orders:
+                self.random.shuffle(order)
+        blocks, lanes = ((ctypes.c_int * len(order))(*order) for order in orders)
         state = library.run(
-            number, arguments, grid, shared, (ctypes.c_int * grid)(*blocks), (ctypes.c_int * len(threads))(*threads)
+            kernel.encode(), arguments, len(arguments), grid, threads, shared, blocks, lanes, self.eager
         )
-        assert state == 0, ("", "threads wait for each other for ever", "written past the shared memory")[state]
+        assert state == 0, f"{kernel}: {ERRORS[state]}"
         assert not self.counters.any(), "a ticket is left behind"
         self.launches.append(kernel)
 
@@ -58,18 +68,35 @@ class Host:
         """Stands in for :func:`lamkernels.ops.cuda_common.tickets`."""
         return self.counters.data_ptr()
 
-    def _library(self, dtypes: tuple[torch.dtype, torch.dtype]) -> ctypes.CDLL:
-        if dtypes not in self.libraries:
-            defines = [f"-D{side}_TYPE={cuda_common.TYPES[t]}" for side, t in zip("XC", dtypes, strict=True)]
-            path = self.folder / f"{'_'.join(cuda_common.TYPES[t] for t in dtypes)}.so"
-            options = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Werror"]
+    def _library(self, source: str, defines: tuple[str, ...]) -> ctypes.CDLL:
+        key = source, *defines
+        if key not in self.libraries:
+            path = self.folder / f"{len(self.libraries)}.so"
+            options = [
+                "-std=c++17",
+                "-O1",
+                "-ffp-contract=off",
+                "-fPIC",
+                "-shared",
+                "-fno-gnu-unique",
+                "-Wall",
+                "-Werror",
+            ]
             assert COMPILER is not None
             subprocess.run(
-                [COMPILER, *options, "-Wno-unknown-pragmas", *defines, HERE / "vector_quantize.cpp", "-o", path],
+                [
+                    COMPILER,
+                    *options,
+                    "-Wno-unknown-pragmas",
+                    *defines,
+                    HERE / Path(source).with_suffix(".cpp"),
+                    "-o",
+                    path,
+                ],
                 check=True,
             )
-            self.libraries[dtypes] = ctypes.CDLL(str(path))
-        return self.libraries[dtypes]
+            self.libraries[key] = ctypes.CDLL(str(path))
+        return self.libraries[key]
 
 
 @pytest.fixture(scope="module")
@@ -78,5 +105,10 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     if COMPILER is None:
         pytest.skip("csrc/ is compiled for the CPU by g++, which is not installed")
     found = Host(tmp_path_factory.mktemp("cuda_host"))
-    with mock.patch.object(cuda, "launch", found.launch), mock.patch.object(cuda, "tickets", found.tickets):
+    with (
+        mock.patch.object(cuda, "launch", found.launch),
+        mock.patch.object(cuda, "tickets", found.tickets),
+        mock.patch.object(cuda_hopper, "launch", found.launch),
+        mock.patch.object(covariance, "launch", found.launch),
+    ):
         yield found

@@ -1,13 +1,17 @@
-"""How the CUDA C++ sources of csrc/ are compiled and launched: by CuPy (NVRTC), on torch's current stream.
+"""How the CUDA C++ sources of csrc/ are compiled and launched: by NVRTC, through CuPy, on torch's current stream.
 
-CuPy is imported by the first call that needs it, compiles for the device that is there, and caches the result on disk.
+CuPy is imported by the first call that needs it. NVRTC is called here and not by ``cupy.RawModule``, which flushes
+subnormal numbers to zero and knows no ``sm_90a``. What is compiled is kept in CuPy's folder.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
+import os
 import struct
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,11 +21,18 @@ import torch
 
 import lamkernels
 
-THREADS = 256  # of a block, in every kernel
+THREADS = 256  # of a block, in most kernels
 SHARED, SHARED_ELSEWHERE = 163 * 1024, 99 * 1024  # bytes that a block may use
 LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3), (11, 0))  # capabilities of GPUs with the first
+DEFAULT_SHARED = 48 * 1024  # what a block may use unasked
 OLDEST = (8, 0)
 SLOTS = 2**14  # tickets of a device
+PRELUDES = {
+    "vector_quantize.cu": ("common.h",),
+    "nearest_code_hopper.cu": ("common.h", "hopper.h"),
+    "covariance_hopper.cu": ("common.h", "hopper.h"),
+}
+HOPPER = (9, 0)
 TYPES = {torch.float32: "float", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -60,26 +71,73 @@ def shared_limit(device: torch.device) -> int:
     return SHARED if large else SHARED_ELSEWHERE
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; 2 for CPU tensors, on which tests run the kernels."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def types(x: torch.dtype, codes: torch.dtype) -> tuple[str, ...]:
+    """How csrc/vector_quantize.cu is told the dtypes of rows and codes."""
+    return f"-DX_TYPE={TYPES[x]}", f"-DC_TYPE={TYPES[codes]}"
+
+
 def launch(
-    kernel: str, source: str, dtypes: tuple[torch.dtype, torch.dtype], grid: int, arguments: bytes, shared: int,
-    device: torch.device,
+    kernel: str, source: str, defines: tuple[str, ...], grid: int, arguments: bytes, shared: int,
+    device: torch.device, threads: int = THREADS,
 ) -> None:  # fmt: skip
-    """Launches ``kernel`` of a source, compiled for rows and codes of these dtypes; its argument is one struct."""
+    """Launches ``kernel`` of a source, compiled with these macros; its argument is one struct."""
     with torch.cuda.device(device):  # the current one, for CuPy too
-        function = _function(kernel, source, dtypes, device)
+        function = _function(kernel, source, defines, device)
+        if shared > DEFAULT_SHARED and function.max_dynamic_shared_size_bytes < shared:
+            function.max_dynamic_shared_size_bytes = shared
         with _stream(torch.cuda.current_stream()):
-            function((grid,), (THREADS,), (np.frombuffer(arguments, dtype=f"V{len(arguments)}"),), shared_mem=shared)
+            function((grid,), (threads,), (np.frombuffer(arguments, dtype=f"V{len(arguments)}"),), shared_mem=shared)
 
 
 @functools.cache
-def _function(kernel: str, source: str, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> Any:
+def _function(kernel: str, source: str, defines: tuple[str, ...], device: torch.device) -> Any:
+    return _module(source, defines, torch.cuda.get_device_capability(device), device).get_function(kernel)
+
+
+@functools.cache
+def _module(source: str, defines: tuple[str, ...], capability: tuple[int, int], device: torch.device) -> Any:
     cupy: Any = importlib.import_module("cupy")
-    defines = tuple(f"-D{side}_TYPE={TYPES[dtype]}" for side, dtype in zip("XC", dtypes, strict=True))
-    module = cupy.RawModule(code=read_source(source), options=("-std=c++17", "--fmad=false", *defines))
-    function = module.get_function(kernel)
-    if kernel.endswith("fwd"):
-        function.max_dynamic_shared_size_bytes = shared_limit(device)
-    return function
+    return cupy.RawModule(path=str(compiled(source, defines, capability)))
+
+
+def source_text(source: str) -> str:
+    """A source behind what it shares with others: one text without includes."""
+    return "\n".join(map(read_source, (*PRELUDES[source], source)))
+
+
+def compiled(source: str, defines: tuple[str, ...], capability: tuple[int, int]) -> Path:
+    """The file that NVRTC made of a source: for a GPU of this capability, or of the newest that NVRTC knows.
+
+    Raises:
+        RuntimeError: NVRTC's log, where it does not compile.
+    """
+    nvrtc: Any = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+    text, number, known = source_text(source), 10 * capability[0] + capability[1], nvrtc.getSupportedArchs()
+    target = f"sm_{number}" if number in known else f"compute_{max(known)}"
+    options = ("-std=c++17", "--fmad=false", f"-arch={target}{'a' * ('hopper.h' in PRELUDES[source])}", *defines)
+    key = hashlib.sha256(repr((text, options, nvrtc.getVersion())).encode()).hexdigest()
+    folder = Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
+    path = folder / f"lamkernels-{key}.{'cubin' if number in known else 'ptx'}"
+    if not path.is_file():
+        program = nvrtc.createProgram(text, source, (), ())
+        try:
+            nvrtc.compileProgram(program, options)
+            code = nvrtc.getCUBIN(program) if number in known else nvrtc.getPTX(program)
+        except nvrtc.NVRTCError as error:
+            raise RuntimeError(f"NVRTC does not compile csrc/{source}:\n{nvrtc.getProgramLog(program)}") from error
+        finally:
+            nvrtc.destroyProgram(program)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(code)
+        Path(file.name).replace(path)  # whole, whoever else writes it
+    return path
 
 
 @functools.lru_cache(maxsize=64)

@@ -21,6 +21,7 @@
 #define __shared__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
+#define __noinline__ __attribute__((noinline))
 
 struct Index {
     unsigned x;
@@ -33,7 +34,7 @@ namespace host {
 
 constexpr int LANES = 32, STACK = 1 << 16;
 
-struct Barrier {
+struct Group {  // threads that wait for each other
     int expected = 0, arrived = 0, generation = 0, any = 0, result = 0;
 };
 
@@ -41,37 +42,45 @@ struct Fiber {
     ucontext_t start;
     jmp_buf resume;
     bool started = false, done = false;
-    const Barrier* waits = nullptr;
-    int generation = 0;
+    bool (*ready)(const void* what, long value) = nullptr;  // what it waits for
+    const void* what = nullptr;
+    long value = 0;
     std::unique_ptr<char[]> stack{new char[STACK]};
 };
 
 inline std::vector<Fiber> fibers;
-inline std::vector<Barrier> warps;
+inline std::vector<Group> warps;
 inline std::vector<unsigned char> slots;  // eight bytes a thread, for what warps exchange
-inline Barrier block;
+inline Group block;
 inline jmp_buf scheduler;
 inline ucontext_t origin;
 inline int current;
 inline void (*entry)();
 
-inline void pass(Barrier& barrier) {
-    barrier.arrived = 0;
-    barrier.result = barrier.any;
-    barrier.any = 0;
-    ++barrier.generation;
-}
-
-inline void wait(Barrier& barrier) {
-    if (++barrier.arrived == barrier.expected) return pass(barrier);
+// Goes on with the other threads until `ready` says so.
+inline void wait_until(bool (*ready)(const void*, long), const void* what, long value) {
     Fiber& fiber = fibers[current];
-    fiber.waits = &barrier;
-    fiber.generation = barrier.generation;
+    fiber.ready = ready;
+    fiber.what = what;
+    fiber.value = value;
     if (_setjmp(fiber.resume) == 0) _longjmp(scheduler, 1);
 }
 
-inline void leave(Barrier& barrier) {  // a thread that has ended is waited for no more
-    if (--barrier.expected > 0 && barrier.arrived == barrier.expected) pass(barrier);
+inline void pass(Group& group) {
+    group.arrived = 0;
+    group.result = group.any;
+    group.any = 0;
+    ++group.generation;
+}
+
+inline void wait(Group& group) {
+    if (++group.arrived == group.expected) return pass(group);
+    wait_until([](const void* what, long value) { return ((const Group*)what)->generation != value; }, &group,
+               group.generation);
+}
+
+inline void leave(Group& group) {  // a thread that has ended is waited for no more
+    if (--group.expected > 0 && group.arrived == group.expected) pass(group);
 }
 
 inline void run_fiber() {
@@ -82,23 +91,34 @@ inline void run_fiber() {
     _longjmp(scheduler, 1);
 }
 
+// What a multiprocessor does beside its threads: cuda_host/hopper.h has it.
+struct Unit {
+    void (*start)(int threads) = [](int) {};      // with a block
+    bool (*proceed)() = [] { return false; };     // when no thread can go on; false where there is nothing to do
+    bool (*idle)() = [] { return true; };
+};
+inline Unit unit;
+inline bool eager = false;   // do at once what may be done late
+inline bool broken = false;  // something that a GPU forbids
+
 // Runs one block; false where its threads wait for each other for ever.
 inline bool run_block(int threads, const int* order) {
     fibers.resize(threads);
-    warps.assign((threads + LANES - 1) / LANES, Barrier{});
+    warps.assign((threads + LANES - 1) / LANES, Group{});
     slots.assign(8 * threads, 0);
-    block = Barrier{threads};
+    block = Group{threads};
     for (int t = 0; t < threads; ++t) {
         ++warps[t / LANES].expected;
         fibers[t].started = fibers[t].done = false;
-        fibers[t].waits = nullptr;
+        fibers[t].ready = nullptr;
     }
+    unit.start(threads);
     for (volatile int left = threads; left > 0;) {
         volatile bool progress = false;
         for (volatile int i = 0; i < threads; ++i) {
             Fiber& fiber = fibers[order[i]];
-            if (fiber.done || (fiber.waits && fiber.waits->generation == fiber.generation)) continue;
-            fiber.waits = nullptr;
+            if (fiber.done || (fiber.ready && !fiber.ready(fiber.what, fiber.value))) continue;
+            fiber.ready = nullptr;
             progress = true;
             current = order[i];
             threadIdx.x = current;
@@ -114,12 +134,12 @@ inline bool run_block(int threads, const int* order) {
             }
             if (fibers[current].done) left = left - 1;
         }
-        if (!progress) return false;
+        if (!progress && !unit.proceed()) return false;
     }
     return true;
 }
 
-inline Barrier& warp() { return warps[current / LANES]; }
+inline Group& warp() { return warps[current / LANES]; }
 
 template <class T>
 T* slot(int thread) {
@@ -128,6 +148,7 @@ T* slot(int thread) {
 
 }  // namespace host
 
+inline void __syncwarp() { host::wait(host::warp()); }
 inline void __syncthreads() { host::wait(host::block); }
 inline int __syncthreads_or(int predicate) {
     host::block.any |= predicate != 0;
@@ -141,6 +162,16 @@ T __shfl_xor_sync(unsigned, T value, int lanes) {
     std::memcpy(host::slot<T>(self), &value, sizeof(T));
     host::wait(host::warp());
     std::memcpy(&value, host::slot<T>(self ^ lanes), sizeof(T));
+    host::wait(host::warp());
+    return value;
+}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+    const int self = host::current;
+    std::memcpy(host::slot<T>(self), &value, sizeof(T));
+    host::wait(host::warp());
+    std::memcpy(&value, host::slot<T>(self - self % host::LANES + lane), sizeof(T));
     host::wait(host::warp());
     return value;
 }
@@ -183,11 +214,10 @@ inline unsigned __float_as_uint(float value) {
 }
 
 inline float single_of_half(unsigned short half) {
-    const int exponent = half >> 10 & 31, fraction = half & 1023;
-    const float size = exponent == 31  ? (fraction ? NAN : INFINITY)
-                       : exponent == 0 ? std::ldexp((float)fraction, -24)
-                                       : std::ldexp((float)(fraction + 1024), exponent - 25);
-    return half & 0x8000 ? -size : size;
+    const unsigned sign = (half & 0x8000u) << 16, size = half & 0x7fff;
+    if (size >= 0x7c00) return __uint_as_float(sign | 0x7f800000 | (size & 1023) << 13);
+    const float value = __uint_as_float(size << 13) * 0x1p112f;  // the bias is 112 less, subnormal numbers too
+    return sign ? -value : value;
 }
 
 inline unsigned short half_of_single(float value) {

@@ -121,3 +121,62 @@ def test_a_side_stream_is_honoured() -> None:
         got = lk.vector_quantize(late, codebook, backend="cuda")
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+on_hopper = pytest.mark.skipif(
+    not AVAILABLE or torch.cuda.get_device_capability() != cuda_common.HOPPER, reason="needs an H100, H200 or GH200"
+)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "codes", "dim"), [(5000, 300, 24), (70_001, 1024, 64), (20_000, 8192, 256), (1, 257, 8)]
+)
+def test_many_codes_keep_the_contract(dtype: torch.dtype, rows: int, codes: int, dim: int) -> None:
+    x, codebook = (torch.randn(n, dim, device="cuda").to(dtype) for n in (rows, codes))
+    codebook[7], codebook[9, 3] = codebook[200], torch.nan
+    if rows > 400:
+        x[5, 2], x[300], x[301] = torch.nan, torch.finfo(dtype).max, codebook[200]
+    for metric in ("l2", "dot"):
+        indices, distance = lk.nearest_code(x, codebook, metric=metric, return_distance=True, backend="cuda")
+        assert_contract(x.cpu(), codebook.cpu(), indices.cpu(), metric=metric)
+        again = lk.nearest_code(x, codebook, metric=metric, backend="cuda")
+        assert torch.equal(indices, again)
+        taken = codebook.double()[indices.clamp(min=0)]
+        best = (x.double() - taken).square().sum(-1) if metric == "l2" else (x.double() * taken).sum(-1)
+        best = torch.where(indices >= 0, best, torch.nan).float()
+        torch.testing.assert_close(distance, best, rtol=1e-5, atol=1e-5, equal_nan=True)
+    grid = [torch.randint(-2, 3, (n, dim), device="cuda").to(dtype) for n in (min(rows, 3000), codes)]
+    assert torch.equal(lk.nearest_code(*grid, backend="cuda"), exact_scores(*grid).argmin(-1))
+
+
+@on_hopper
+def test_a_lookup_of_many_codes_is_captured_and_honours_a_side_stream() -> None:
+    x, codebook = torch.randn(9000, 64, device="cuda").bfloat16(), torch.randn(1000, 64, device="cuda").bfloat16()
+    want = lk.nearest_code(x, codebook, backend="cuda")
+    (got,) = replayed(lambda: (lk.nearest_code(x, codebook, backend="cuda"),), x)
+    assert torch.equal(got, want)
+    stream, late = torch.cuda.Stream(), torch.zeros_like(x)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)
+        late.copy_(x)
+        got = lk.nearest_code(late, codebook, backend="cuda")
+    stream.synchronize()
+    assert torch.equal(got, want)
+
+
+@on_hopper
+@pytest.mark.parametrize(("rows", "dim", "lag"), [(100_000, 64, 0), (200_000, 512, 1), (60_000, 260, 0), (3, 8, 0)])
+def test_covariances_keep_their_accuracy(rows: int, dim: int, lag: int) -> None:
+    mixing = torch.randn(dim, dim, device="cuda")
+    x = torch.randn(rows, dim, device="cuda") @ mixing + 10
+    if rows > 5:
+        x[5, 2] = torch.nan
+    got, want = (lk.moments(x, lag=lag, backend=backend) for backend in ("cuda", "reference"))
+    again = lk.moments(x, lag=lag, backend="cuda")
+    for a, b, c in zip(got, want, again, strict=True):
+        if a is not None:
+            assert torch.equal(a, c), "two runs differ"
+            assert float((a - b).norm()) <= 1e-6 * float(b.norm())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lamkernels.ops.vector_quantize.cuda import Outputs, check, launch_forward
+from lamkernels.ops.vector_quantize.cuda import Outputs, launch_forward, unfit
 
 
 def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -13,7 +13,8 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor,
     heads, dim = x.shape[0], x.shape[-1]
     counts = x.new_empty((heads, num_codes), dtype=torch.int64)
     sums = x.new_empty((heads, num_codes, dim), dtype=torch.float32)
-    check(x, sums, "l2")
+    if reason := unfit(x, sums, "l2"):
+        raise ValueError(reason)
     if heads:
         launch_forward(x, None, num_codes, Outputs(counts=counts, sums=sums), given=indices)
     return counts, sums

@@ -9,8 +9,6 @@ diagonal in the same pass. The partition depends on the shape and the device alo
 # (Triton ships no types)
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -18,11 +16,10 @@ from torch import Tensor
 from triton.language import tensor
 
 from lamkernels import tuning
-from lamkernels.ops.covariance.reference import pairs
+from lamkernels.ops.covariance.gpu import Factor, moments
 from lamkernels.ops.triton_common import fp32_product, is_finite, on_device, persistent_programs, unit_inner
 
 FLUSH = tl.constexpr(1024)  # rows that are added up in fp32
-SAMPLE = 1024  # rows that the provisional mean is computed from
 
 
 @triton.jit
@@ -115,22 +112,6 @@ def scatter_kernel(
                 tl.store(to, tl.load(to, mask=at_x < dim, other=0.0) + column.to(tl.float64), mask=at_x < dim)
 
 
-class Factor(NamedTuple):
-    """Rows (H, P, D), their provisional shift (H, D) in the computed dtype, and their mean (H, D) fp64 once known."""
-
-    x: Tensor
-    shift: Tensor
-    mean: Tensor
-
-
-def provisional_shift(x: Tensor, weights: Tensor, computed: torch.dtype) -> Tensor:
-    """The mean of evenly spaced rows of positive weight, (H, D)."""
-    step = max(1, x.shape[1] // SAMPLE)
-    inside = weights[:, ::step] > 0
-    sample = torch.where(inside[..., None], x[:, ::step].double(), 0.0)
-    return (sample.sum(1) / inside.sum(1).clamp(min=1)[:, None]).to(computed)
-
-
 def partial_products(left: Factor, right: Factor, weights: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Σ w (x − shift)(y − shift)ᵀ (H, D, E), or its upper triangle, and Σ w (x − shift) (H, D), both fp64."""
     x, y, target = left.x, right.x, tuning.target_of(left.x.device)
@@ -153,38 +134,24 @@ def partial_products(left: Factor, right: Factor, weights: Tensor, symmetric: bo
     return parts.sum(1), sums.sum(1)
 
 
-def scatter(x: Tensor, weights: Tensor, total: Tensor, computed: torch.dtype) -> tuple[Factor, Tensor]:
-    """The rows with their mean, and their centred scatter (H, D, D) fp64."""
-    shift = provisional_shift(x, weights, computed)
-    rows = Factor(x, shift, shift.double())
-    products, sums = partial_products(rows, rows, weights, True)
-    step = sums / total.where(total > 0, 1.0)[:, None]
-    root = step * total.sqrt()[:, None]
-    upper = (products - root[:, :, None] * root[:, None, :]).triu()
-    return rows._replace(mean=rows.mean + step), upper + upper.triu(1).transpose(1, 2)
+def pair_weights(first: Tensor, second: Tensor, given: Tensor | None) -> Tensor:
+    """The weight (H, P) fp64 of each pair of rows (H, P, D) and (H, P, E); 0 for one that is out."""
+    (heads, num_pairs, dim), other = first.shape, second.shape[2]
+    weights = first.new_empty((heads, num_pairs), dtype=torch.float64)
+    tile = tuning.elementwise(tuning.target_of(first.device), dim)
+    tiles = triton.cdiv(num_pairs, tile.rows)
+    if heads * tiles:
+        source = weights if given is None else given
+        pair_weights_kernel[(heads * tiles,)](
+            first, second, source, weights, num_pairs, dim, other, *first.stride()[:2], *second.stride()[:2],
+            *source.stride(), tiles, given is not None, tile.rows, tile.dim, **tile.options(),
+        )  # fmt: skip
+    return weights
 
 
 def covariance(x: Tensor, y: Tensor | None, weights: Tensor | None, lag: int, precision: str) -> tuple[Tensor, ...]:
     """See :func:`lamkernels.moments`. ``x`` (H, N, D), ``y`` (H, N, E) or None, ``weights`` (H, max(N − lag, 0))."""
-    x = unit_inner(x)
-    first, second = pairs(x, None if y is None else unit_inner(y), lag)
+    x, y = unit_inner(x), None if y is None else unit_inner(y)
     computed = torch.float64 if precision == "exact" or x.dtype == torch.float64 else torch.float32
-    (heads, num_pairs, dim), other = first.shape, second.shape[2]
-    inside = x.new_empty((heads, num_pairs), dtype=torch.float64)
-    given = inside if weights is None else weights
     with on_device(x):
-        tile = tuning.elementwise(tuning.target_of(x.device), dim)
-        tiles = triton.cdiv(num_pairs, tile.rows)
-        if heads * tiles:
-            pair_weights_kernel[(heads * tiles,)](
-                first, second, given, inside, num_pairs, dim, other, *first.stride()[:2], *second.stride()[:2],
-                *given.stride(), tiles, weights is not None, tile.rows, tile.dim, **tile.options(),
-            )  # fmt: skip
-        total = inside.sum(1)
-        left, xx = scatter(first, inside, total, computed)
-        if other == 0:
-            return total, left.mean, total.new_zeros((heads, 0)), xx, xx[..., :0].clone(), xx[..., :0, :0].clone()
-        right, yy = scatter(second, inside, total, computed)
-        xy = partial_products(left, right, inside, False)[0]
-        xy -= (total[:, None] * (left.mean - left.shift))[:, :, None] * (right.mean - right.shift)[:, None, :]
-    return total, left.mean, right.mean, xx, xy, yy
+        return moments(x, y, weights, lag, computed, pair_weights, partial_products)

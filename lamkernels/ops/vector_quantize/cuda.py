@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lamkernels.ops.cuda_common import THREADS, TYPES, launch, pack, shared_limit, tickets
+from lamkernels.ops.cuda_common import THREADS, TYPES, launch, pack, shared_limit, tickets, types
 
 SOURCE = "vector_quantize.cu"
 ROWS, WARPS = 32, THREADS // 32  # of a tile and of a block, as in the source
@@ -41,18 +41,17 @@ def blocks(num_rows: int) -> int:
     return max(1, min(tiles, max(math.isqrt(8 * tiles), -(-num_rows // ROWS_PER_SUM))))
 
 
-def check(x: Tensor, codebook: Tensor, metric: str) -> None:
-    """Raises ValueError where the kernels cannot serve these, saying what they serve."""
+def unfit(x: Tensor, codebook: Tensor, metric: str) -> str:
+    """Why the kernels cannot serve these, saying what they serve, or ""."""
     num_codes, dim = codebook.shape[-2:]
     if x.dtype not in TYPES or codebook.dtype not in (x.dtype, torch.float32):
-        raise ValueError(f"backend 'cuda' takes float32, float16 and bfloat16; x is {x.dtype}")
+        return f"backend 'cuda' takes float32, float16 and bfloat16; x is {x.dtype}"
     if not fits(num_codes, dim, x.device):
-        raise ValueError(
+        return (
             f"backend 'cuda' takes codebooks of up to {MAX_CODES} codes that fit {shared_limit(x.device)} bytes of "
             f"shared memory; ({num_codes}, {dim}) needs {shared_bytes(num_codes, dim)}"
         )
-    if metric not in ("l2", "dot"):
-        raise ValueError(f"backend 'cuda' takes metric 'l2' and 'dot'; metric is {metric!r}")
+    return "" if metric in ("l2", "dot") else f"backend 'cuda' takes metric 'l2' and 'dot'; metric is {metric!r}"
 
 
 class Outputs(NamedTuple):
@@ -118,15 +117,16 @@ def launch_forward(
         ),
         (*averaging, weight),
     )  # fmt: skip
-    dtypes = x.dtype, x.dtype if codebook is None else codebook.dtype
-    launch("vector_quantize_fwd", SOURCE, dtypes, heads * programs, arguments, shared_bytes(num_codes, dim), x.device)
+    defines = types(x.dtype, x.dtype if codebook is None else codebook.dtype)
+    launch("vector_quantize_fwd", SOURCE, defines, heads * programs, arguments, shared_bytes(num_codes, dim), x.device)
 
 
 def vector_quantize(
     x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, precision: str, gradient: str
 ) -> tuple[Tensor, ...]:
     """``x`` (H, N, D) or (H, B, N / B, D), ``codebook`` (H, K, D), ``mask`` (H, N) bool or None; no ``noise``."""
-    check(x, codebook, metric)
+    if reason := unfit(x, codebook, metric):
+        raise ValueError(reason)
     if gradient not in ("ste", "none"):
         raise ValueError(f"backend 'cuda' takes gradient 'ste' and 'none'; gradient is {gradient!r}")
     heads, rows, (num_codes, dim) = x.shape[0], x.shape[1:-1].numel(), codebook.shape[1:]
@@ -182,7 +182,7 @@ def launch_backward(
         (weight,),
     )  # fmt: skip
     grid = min(BLOCKS, -(-entries // THREADS))
-    launch("vector_quantize_bwd", SOURCE, (x.dtype, x.dtype), grid, arguments, 0, x.device)
+    launch("vector_quantize_bwd", SOURCE, types(x.dtype, x.dtype), grid, arguments, 0, x.device)
 
 
 def ema_step(
