@@ -199,10 +199,10 @@ def _forward(
     commitment, entropy = (make(heads, dtype=computed, device="cpu") for _ in range(2))
     num_rows = make(heads, dtype=torch.int64, device="cpu")
     mask = None if mask is None else mask.contiguous()
-    partial = torch.empty(tasks * 3, dtype=torch.float64, device="cpu")
+    partial, codes = torch.empty(tasks * 3, dtype=torch.float64, device="cpu"), _codes(options[0], x.dtype)
     parameters = (
         *_common(x, indices, num_rows, options, heads), 0 if mask is None else mask.data_ptr(), quantized.data_ptr(),
-        _codes(options[0], x.dtype).data_ptr(), partial.data_ptr(), commitment.data_ptr(), entropy.data_ptr(),
+        codes.data_ptr(), partial.data_ptr(), commitment.data_ptr(), entropy.data_ptr(),
     )  # fmt: skip
     launch(compiled(_quantize, x.dtype), parameters, tasks, 16 * x.numel())
     return quantized, indices, commitment, entropy, num_rows
