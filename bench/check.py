@@ -12,7 +12,7 @@ from .workloads import Inputs, Workload
 
 DECAY, EPS = 0.8, 1e-5  # of the EMA update that every train_step provider runs
 MACS = {"cpu": 4e10, "cuda": 2e13}  # products of one check; more rows than this allows are sampled evenly
-BLOCK = 2**23  # fp64 scores held at a time
+BLOCK = {"cpu": 2**23, "cuda": 2**26}  # fp64 scores held at a time
 TOLERANCE = 1e-4  # of outputs other than indices, relative to the terms that they sum up
 SANITY = 2.0**-7  # a peer's regret relative to ‖x‖·max‖c‖ + max‖c‖²: what bf16 scores would do
 
@@ -73,8 +73,9 @@ def check_covariances(x: Tensor, lag: int, result: Mapping[str, Any], *, strict:
     means = {side: rows.mean(0, dtype=torch.float64) for side, rows in (("x", x[:pairs]), ("y", x[lag:]))}
     expected = {name: torch.zeros(dim, dim, dtype=torch.float64, device=x.device) for name in result}
     squares = dict.fromkeys("xy", 0.0)
-    for start in range(0, pairs, BLOCK // dim + 1):
-        rows = slice(start, min(pairs, start + BLOCK // dim + 1))
+    step = BLOCK[x.device.type] // dim + 1
+    for start in range(0, pairs, step):
+        rows = slice(start, min(pairs, start + step))
         centred = {"x": x[:pairs][rows].double() - means["x"], "y": x[lag:][rows].double() - means["y"]}
         squares = {side: squares[side] + float(centred[side].square().sum()) for side in "xy"}
         for name in result:
@@ -102,8 +103,9 @@ def check_indices(x: Tensor, codebook: Tensor, indices: Tensor, *, strict: bool)
     half_norms = shifted.square().sum(1) / 2
     max_norm, max_shifted = codes.norm(dim=1).amax(), shifted.norm(dim=1).amax()
     wrong, max_regret, contract, sane = 0, 0.0, True, True
-    for start in range(0, rows, max(1, BLOCK // codebook.shape[0])):
-        block = slice(start, start + max(1, BLOCK // codebook.shape[0]))
+    length = max(1, BLOCK[x.device.type] // codebook.shape[0])
+    for start in range(0, rows, length):
+        block = slice(start, start + length)
         values = x[block].double()
         best = (half_norms - (values - center) @ shifted.T).argmin(1)
         smallest = (values - codes[best]).square().sum(1)

@@ -29,9 +29,11 @@ class Device(NamedTuple):
     half: float
     memory: float
 
-    def peaks(self, dtype: str) -> Peaks:
-        """The ceilings for input of a dtype, by the rules of :func:`~.peaks.measure_peaks`."""
-        rate = accurate_rate(self.fp32, self.tf32) if dtype == "float32" else self.half
+    def peaks(self, dtype: str, op: str = "") -> Peaks:
+        """The ceilings for an operator and input of a dtype, by the rules of :func:`~.peaks.measure_peaks`."""
+        rate = self.half
+        if dtype == "float32":
+            rate = accurate_rate(self.fp32, self.tf32, self.half if op == "covariance" else 0.0)
         return Peaks(self.bandwidth * 1e9, rate * 1e12)
 
 
@@ -101,7 +103,7 @@ def device_name(text: str) -> str:
 def estimate(workload: Workload, name: str) -> Estimate:
     """The least cost of a workload on a device of :data:`DEVICES`."""
     device = DEVICES[name]
-    peaks = device.peaks(workload.dtype)
+    peaks = device.peaks(workload.dtype, workload.op)
     return Estimate(
         name, workload.op, workload.N, workload.K, workload.D, workload.dtype, workload.bytes, workload.flops,
         1e6 * peaks.seconds(workload.bytes, workload.flops), peaks.bound(workload.bytes, workload.flops),

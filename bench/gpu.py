@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GRACE = 10.0  # seconds in which a part that is out of time writes what it has
 TAIL = 40  # lines of a part's output that its record keeps
 PROVIDERS = "triton,cuda,harness,flash-kmeans,flashlib,eager,compile,vqp,vqp-compile"
+ALONE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # of processes that share the cores
 TOOLS = ("nvidia-smi", "nvcc", "compute-sanitizer", "cuobjdump")
 
 
@@ -86,23 +87,25 @@ def parts(out: Path) -> tuple[Part, ...]:
     def sanitized(tool: str) -> Part:
         watch = ("compute-sanitizer", f"--tool={tool}", "--target-processes=application-only", "--error-exitcode=3")
         cases = (sys.executable, "-m", f"{package}.small_cases", "--device=cuda")
-        return Part(tool, 20, (*watch, *cases), "compute-sanitizer", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        return Part(tool, 27, (*watch, *cases), "compute-sanitizer", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
     junit = f"--junitxml={out / 'tests' / 'junit.xml'}"
-    several = ("-n", "6") if importlib.util.find_spec("xdist") else ()  # most of their time is Triton's compiler
+    workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2))  # most of their time is Triton's compiler
+    several = ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
     tests = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *several, junit, "tests/gpu")
     return (
-        Part("tests", 110, tests, "pytest"),
-        suite("train_step", 80, "--suite=lam,tokenizer", "--op=train_step"),
-        suite("targets", 75, "--suite=targets", "--op=nearest_code,vector_quantize"),
-        alone("tune", 35, "--tune"),
-        suite("nearest_code", 55, "--suite=lam,tokenizer", "--op=nearest_code"),
-        suite("vector_quantize", 35, "--suite=lam,tokenizer", "--op=vector_quantize,code_statistics"),
-        suite("covariance", 35, "--suite=targets,moments", "--op=covariance"),
-        suite("memory", 20, "--suite=memory"),
+        Part("tests", 95, tests, "pytest", ALONE),
+        Part("warm", 45, (sys.executable, "-m", f"{package}.warm", "--device=cuda"), "", ALONE),
+        suite("train_step", 70, "--suite=lam,tokenizer", "--op=train_step"),
+        suite("targets", 65, "--suite=targets", "--op=nearest_code,vector_quantize"),
+        alone("tune", 30, "--tune"),
+        suite("nearest_code", 40, "--suite=lam,tokenizer", "--op=nearest_code"),
+        suite("vector_quantize", 30, "--suite=lam,tokenizer", "--op=vector_quantize,code_statistics"),
+        suite("covariance", 45, "--suite=targets,moments", "--op=covariance"),
+        suite("memory", 15, "--suite=memory"),
         alone("compat", 15, "--compat"),
-        alone("lapa", 35, "--profile=lapa", "--seconds=0.3"),
-        alone("univla", 35, "--profile=univla", "--seconds=0.3"),
+        alone("lapa", 30, "--profile=lapa", "--seconds=0.3"),
+        alone("univla", 30, "--profile=univla", "--seconds=0.3"),
         sanitized("memcheck"),
         sanitized("racecheck"),
     )
@@ -160,7 +163,7 @@ def _process(part: Part, seconds: float, commit: str) -> tuple[str, str]:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     process = subprocess.Popen(
         part.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
+        errors="replace", start_new_session=True, preexec_fn=_heed_interrupts,
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=seconds)
@@ -173,6 +176,11 @@ def _process(part: Part, seconds: float, commit: str) -> tuple[str, str]:
         return "out of time", process.communicate()[0]
     finally:
         _kill(process)  # nothing of it outlives it
+
+
+def _heed_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

@@ -32,13 +32,16 @@ class Peaks(NamedTuple):
         return "memory" if bytes_moved / self.bandwidth > flops / self.flops else "compute"
 
 
-def accurate_rate(plain: float, tf32: float) -> float:
-    """The rate of fp32 products on a GPU: plain, or three TF32 products that make one accurate to fp32."""
-    return max(plain, tf32 / 3)
+def accurate_rate(plain: float, tf32: float, half: float = 0.0) -> float:
+    """The rate of fp32 products on a GPU: plain, or three TF32 products that make one accurate to fp32.
+
+    A covariance's bound allows three products of bfloat16 too: ``half`` is their rate there, 0 elsewhere.
+    """
+    return max(plain, tf32 / 3, half / 3)
 
 
-def measure_peaks(device: str, dtype: str) -> Peaks:
-    """Measures both ceilings.
+def measure_peaks(device: str, dtype: str, op: str = "") -> Peaks:
+    """Measures both ceilings, for an operator of :data:`~.workloads.OPS`.
 
     On a GPU the products of float16 and bfloat16 input count against the tensor-core rate of that type, and those of
     float32 input against :func:`accurate_rate`. On a CPU they count against the better of fp32 and the input's type.
@@ -61,7 +64,8 @@ def measure_peaks(device: str, dtype: str) -> Peaks:
         torch.backends.cuda.matmul.allow_tf32 = False
         plain = product_rate("float32")
         torch.backends.cuda.matmul.allow_tf32 = True
-        return Peaks(bandwidth, accurate_rate(plain, product_rate("float32")))
+        half = product_rate("bfloat16") if op == "covariance" else 0.0
+        return Peaks(bandwidth, accurate_rate(plain, product_rate("float32"), half))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 

@@ -218,7 +218,9 @@ def _steps(project: str, sizes: Sizes, bottleneck: Bottleneck, device: str, seco
         harness.gradients(harness.frames)
     launches, syncs = _on_gpu(run) if device == "cuda" else (None, count.questions)
     yield Step(bottleneck, "eager", ms, all_of_it.operators, launches, syncs)
-    if device == "cuda":
+    if syncs and device == "cuda":  # a capture that fails leaves torch half in it
+        yield Step(bottleneck, "graphed", note=f"a graph cannot wait for the GPU, and this step does {syncs} times")
+    elif device == "cuda":
         yield _attempt(Step(bottleneck, "graphed"), harness, seconds)
 
 

@@ -22,6 +22,7 @@ from .providers import PROVIDERS, Provider
 from .report import Row, rank
 from .workloads import Workload
 
+LONG = 20  # times the seconds of a turn: who takes longer on a GPU, where times do not wander, has one turn
 PAUSE = 0.1  # seconds between turns, in which the threads of the last provider stop spinning
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -143,6 +144,7 @@ class _Contestant:
     rounds: list[list[float]] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
     graph: list[float] = field(default_factory=list)
+    long: bool = False
 
 
 def _time(
@@ -178,13 +180,15 @@ def _in_turns(
     for turn in range(settings.rounds):
         shift = turn % max(1, len(contestants))
         for contestant in contestants[shift:] + contestants[:shift]:
-            if contestant.row.status:
+            if contestant.row.status or contestant.long:
                 continue
             time.sleep(PAUSE)
+            begin = time.monotonic()
             answer = contestant.process.ask("time", seconds=settings.seconds)
             if answer.get("error"):
                 contestant.row.status, contestant.row.note = "error", answer["error"]
                 continue
+            contestant.long = settings.device == "cuda" and time.monotonic() - begin > LONG * settings.seconds
             contestant.rounds.append(answer["samples"])
             contestant.wall += [answer["wall"]] if "wall" in answer else []
             contestant.graph += [answer["graph"]] if answer.get("graph") else []

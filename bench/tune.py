@@ -180,7 +180,7 @@ def candidates(rule: str, target: str, given: Tile, itemsize: int) -> list[Tile]
 def _variants(rule: str, given: Tile) -> Iterator[Tile]:
     warps, stages = (4, 8), (1, 2, 3, 4)
     if rule in ("resident", "lookup"):  # its codes and entries are the codebook's
-        for rows, w, s in product((16, 32, 64, 128, 256), warps, (1, 2)):
+        for rows, w, s in product((16, 32, 64, 128, 256), warps, stages if rule == "lookup" else (1, 2)):
             yield given._replace(rows=rows, warps=w, stages=s)
     elif rule == "streamed":
         for rows, codes, dim, w, s in product((64, 128, 256), (64, 128, 256), (32, 64, 128, 256), warps, stages):

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from lamkernels.graphs import renew_generator
+
 from .check import check
 from .peaks import Peaks, measure_peaks
 from .providers import PROVIDERS, Run
@@ -35,22 +37,23 @@ class Session:
 
     def __init__(self, provider: str, device: str, threads: int) -> None:
         self.provider, self.device, self.threads = PROVIDERS[provider], device, threads
-        self.peaks: dict[str, Peaks] = {}
+        self.peaks: dict[tuple[str, str], Peaks] = {}
         self.call: Run | None = None
         self.buffers = 0
 
     def prepare(self, workload: Workload) -> dict[str, Any]:
         """Builds the inputs, runs once, and checks the result against fp64."""
         self.drop()
-        if workload.dtype not in self.peaks:
-            self.peaks[workload.dtype] = measure_peaks(self.device, workload.dtype)
+        kind = (workload.dtype, workload.op if workload.op == "covariance" else "")
+        if kind not in self.peaks:
+            self.peaks[kind] = measure_peaks(self.device, *kind)
         self.buffers = _buffer_count(workload, self.device)
         inputs = make_inputs(workload, self.device, buffers=self.buffers, threads=self.threads)
         self.call = self.provider.prepare[workload.op](workload, inputs)
         verdict = check(workload, inputs, self.call(0), strict=self.provider.kind != "peer")
         if verdict.error:
             self.drop()
-        return {**verdict._asdict(), **self.peaks[workload.dtype]._asdict()}
+        return {**verdict._asdict(), **self.peaks[kind]._asdict()}
 
     def time(self, seconds: float) -> dict[str, Any]:
         """Samples for about this long: the time of each call in ms, and on a GPU also wall and graph times."""
@@ -122,14 +125,19 @@ def _sample_cpu(
 
 def _sample_gpu(run: Run, buffers: int, seconds: float) -> list[float]:
     """GPU times in ms, by events. A spin ahead of each call lets the launches queue up, so that gaps between them do
-    not count, unless the provider itself waits for the GPU.
+    not count, unless the provider itself waits for the GPU. Of calls that take longer than all of it there are two.
     """
     samples: list[float] = []
+    begin = time.perf_counter()
     for warm in range(3):
         run(warm % buffers)
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        if time.perf_counter() - begin > seconds:
+            break
     begin = time.perf_counter()
-    while len(samples) < 5 or (time.perf_counter() - begin < seconds and len(samples) < MAX_SAMPLES):
+    while len(samples) < (2 if time.perf_counter() - begin > seconds else 5) or (
+        time.perf_counter() - begin < seconds and len(samples) < MAX_SAMPLES
+    ):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]  # cycles: about a millisecond
         start.record()
@@ -141,7 +149,17 @@ def _sample_gpu(run: Run, buffers: int, seconds: float) -> list[float]:
 
 
 def _graph_time(run: Run, buffers: int) -> float | None:
-    """Time of a call inside a CUDA graph of one call per buffer, in ms; None where it cannot be captured."""
+    """Time of a call inside a CUDA graph of one call per buffer, in ms; None where it cannot be captured.
+
+    A call that waits for the GPU is not tried: a capture that fails leaves torch's allocator and generator half in it.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(0)
+    except RuntimeError:
+        return None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     try:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -161,6 +179,7 @@ def _graph_time(run: Run, buffers: int) -> float | None:
         return median(_sample_gpu(replay, 1, 0.2)) / buffers
     except Exception:  # a synchronisation or an allocation that a capture does not allow, of whatever type
         torch.cuda.synchronize()
+        renew_generator()
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,3 +70,13 @@ def is_plain(*tensors: object, device: str = "cpu") -> bool:
         if _keys(tensor).raw_repr() not in ordinary:
             return False
     return True
+
+
+def is_ordinary(*grads: Tensor | None) -> bool:
+    """Not where the operator is needed: it refuses second derivatives, and has a batching rule."""
+    return not torch.is_grad_enabled() and is_plain(*[grad for grad in grads if grad is not None])
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply`` without its search for function transforms, of which there are none here: see `is_plain`."""
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamkernels.backend import load_kernel
+from lamkernels.backend import load_kernel, resolve
 from lamkernels.eager import in_shape, is_plain
 from lamkernels.one_call import numba_one_call, plan_one_call, rows_in_groups
 from lamkernels.ops.code_statistics.op import code_statistics as _code_statistics
@@ -256,6 +256,24 @@ def quantize_with_loss(
     weighted = out.commitment_loss if commitment_weight == 1 else commitment_weight * out.commitment_loss
     loss = torch.add(weighted, out.codebook_loss, alpha=codebook_weight)
     return in_shape(out.quantized, x.shape), out.indices.clamp(min=0), loss
+
+
+def quantize_channels(
+    x: Tensor, codebook: Tensor, commitment_weight: float, codebook_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`quantize_with_loss` of vectors along the second axis: x (b, D, ...) -> quantized as x, indices (N,), loss.
+
+    A small call on contiguous x copies nothing.
+    """
+    weights = commitment_weight, codebook_weight
+    fits = x.is_contiguous() and x.dtype == codebook.dtype and all(isinstance(w, int | float) for w in weights)
+    if fits and is_plain(x, codebook) and codebook.is_contiguous() and resolve("auto", "cpu") == "numba":
+        planned = numba_one_call().plan_of_channels(x.shape, x.dtype, codebook.shape)
+        if planned is not None:
+            quantized, indices, loss = numba_one_call().weighted_step(x, codebook, planned, None, weights)
+            return quantized, indices.reshape(-1), loss
+    quantized, indices, loss = quantize_with_loss(x.movedim(1, -1), codebook, *weights, whole_rows=True)
+    return quantized.movedim(-1, 1).contiguous(), indices, loss
 
 
 def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:

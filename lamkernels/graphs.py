@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -117,8 +118,18 @@ class Graphed(Generic[R]):
             with torch.cuda.graph(graph):
                 self._outputs = self.step(*self._inputs)
         except Exception as error:
+            renew_generator()
             raise RuntimeError(f"the step cannot be captured in a CUDA graph: {error}") from error
         self._graph = graph
+
+
+def renew_generator() -> None:
+    """After a capture that failed: torch still takes its generator for one in a capture, and refuses random numbers."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+    with contextlib.suppress(RuntimeError):  # else it begins anew
+        fresh.set_offset(generator.get_offset())
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

@@ -9,9 +9,12 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lamkernels.eager import in_shape
+from lamkernels.backend import resolve
+from lamkernels.eager import in_shape, is_plain
+from lamkernels.one_call import numba_kernels
+from lamkernels.ops.codebook_entropy.clamped import over_all_codes
 from lamkernels.ops.codebook_entropy.op import codebook_entropy as _codebook_entropy
-from lamkernels.ops.finite_scalar_quantize.levels import bound, strides
+from lamkernels.ops.finite_scalar_quantize.levels import BOUNDED, SYMMETRIC, bound, strides
 from lamkernels.ops.finite_scalar_quantize.op import finite_scalar_quantize as _finite_scalar_quantize
 from lamkernels.ops.lookup_free_quantize.op import lookup_free_quantize as _lookup_free_quantize
 from lamkernels.validation import (
@@ -106,18 +109,45 @@ def lookup_free_quantize(
         check_mask(mask, x)
     dim = x.shape[-1]
     check_bits(dim, codebook_entropy)
-    rows, logit_scale = x.reshape(1, -1, dim), 4.0 * inv_temperature * scale
-    quantized, indices, commitment, sample_entropy, _ = _lookup_free_quantize(
-        rows, None if mask is None else mask.reshape(1, -1), scale, logit_scale, zero == "zero", backend
-    )
-    entropy = _codebook_entropy(rows, indices, logit_scale, backend)[0].squeeze(0) if codebook_entropy else None
-    return LFQOutput(
-        in_shape(quantized, x.shape),
-        indices.reshape(x.shape[:-1]),
-        commitment.squeeze(0),
-        sample_entropy.squeeze(0),
-        entropy,
-    )
+    logit_scale, keep_zero = 4.0 * inv_temperature * scale, zero == "zero"
+    if is_plain(*(x,) if mask is None else (x, mask)) and resolve(backend, "cpu") == "numba":
+        kernels = numba_kernels("lookup_free_quantize")
+        quantized, indices, commitment, sample_entropy = kernels.quantize(x, mask, scale, logit_scale, keep_zero)
+    else:
+        quantized, indices, *losses = _lookup_free_quantize(
+            x.reshape(1, -1, dim), None if mask is None else mask.reshape(1, -1), scale, logit_scale, keep_zero,
+            backend,
+        )  # fmt: skip
+        quantized, indices = in_shape(quantized, x.shape), indices.reshape(x.shape[:-1])
+        commitment, sample_entropy = losses[0].squeeze(0), losses[1].squeeze(0)
+    entropy = None
+    if codebook_entropy:
+        entropy = _codebook_entropy(x.reshape(1, -1, dim), indices.reshape(1, -1), logit_scale, backend)[0].squeeze(0)
+    return LFQOutput(quantized, indices, commitment, sample_entropy, entropy)
+
+
+def clamped_entropies(x: Tensor, codebook: Tensor, inv_temperature: float, smallest: float) -> tuple[Tensor, Tensor]:
+    """The entropies of other implementations, −Σ p log max(p, ε) with p = softmax(2β x·c), for parity with them.
+
+    In one pass on the CPU, else with the N × 2^D matrix.
+
+    Args:
+        x: (N, C, D), in the dtype of the codebook or a wider one.
+        codebook: (2^D, D): the 2^D rows of ±1, in any order.
+        inv_temperature: β.
+        smallest: ε.
+
+    Returns:
+        The mean over all rows and codebooks, and the mean over codebooks of that of the mean distribution; NaN where
+        a row is not finite.
+    """
+    fits = x.shape[0] > 0 and x.shape[2] <= MAX_ENTROPY_BITS and x.dtype in (torch.float32, torch.float64)
+    fits = fits and isinstance(inv_temperature, int | float)
+    if fits and is_plain(x, codebook) and resolve("auto", "cpu") == "numba":
+        kernels = numba_kernels("codebook_entropy", "numba_clamped")
+        entropies: tuple[Tensor, Tensor] = kernels.clamped_entropies(x, codebook, inv_temperature, smallest)
+        return entropies
+    return over_all_codes(x, codebook, inv_temperature, smallest)
 
 
 def lookup_free_codes(indices: Tensor, dim: int, *, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -188,13 +218,23 @@ def finite_scalar_quantize(
         ValueError: the levels do not fit each other or x, or an option is unknown.
         RuntimeError: the backend asked for cannot run here.
     """
+    counts = tuple(check_levels(levels))
+    check_option("backend", backend, BACKENDS)
+    return quantize_entries(x, counts, SYMMETRIC if symmetric else BOUNDED, backend)
+
+
+def quantize_entries(
+    x: Tensor, levels: tuple[int, ...], rounding: int, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """:func:`finite_scalar_quantize` of checked levels; ``rounding`` as for :func:`levels.bound`."""
     check_float("x", x)
     refuse_tangents(x)
-    counts = check_levels(levels)
-    check_option("backend", backend, BACKENDS)
-    if x.shape[-1] != len(counts):
-        raise ValueError(f"x has rows of {x.shape[-1]} entries and there are {len(counts)} levels; they must be equal")
-    quantized, indices = _finite_scalar_quantize(x.reshape(1, -1, len(counts)), counts, symmetric, backend)
+    if x.shape[-1] != len(levels):
+        raise ValueError(f"x has rows of {x.shape[-1]} entries and there are {len(levels)} levels; they must be equal")
+    if is_plain(x) and resolve(backend, "cpu") == "numba":
+        plain: tuple[Tensor, Tensor] = numba_kernels("finite_scalar_quantize").quantize(x, levels, rounding)
+        return plain
+    quantized, indices = _finite_scalar_quantize(x.reshape(1, -1, len(levels)), levels, rounding, backend)
     return in_shape(quantized, x.shape), indices.reshape(x.shape[:-1])
 
 
@@ -223,7 +263,7 @@ def finite_scalar_codes(
     _check_dtype(dtype)
     columns = []
     for count, stride in zip(counts, strides(tuple(counts)), strict=True):
-        column = bound(count, symmetric)
+        column = bound(count, SYMMETRIC if symmetric else BOUNDED)
         position = indices.div(stride, rounding_mode="floor") % count
         columns.append((position.double() - column.offset) / column.half_width)
     return torch.stack(columns, -1).to(dtype).masked_fill((indices < 0)[..., None], torch.nan)

@@ -83,6 +83,12 @@ def numba_one_call() -> Any:
 
 
 @functools.cache
+def numba_kernels(folder: str, name: str = "numba") -> Any:
+    """A module of an operator's folder, loaded as :func:`numba_one_call` is."""
+    return importlib.import_module(f"lamkernels.ops.{folder}.{name}")
+
+
+@functools.cache
 def numba_steps() -> Any:
     """Loaded as :func:`numba_one_call` is."""
     return importlib.import_module("lamkernels.ops.vector_quantize.numba_steps")

@@ -32,8 +32,9 @@ def noise_step(
         quantized (N, D), indices (N,) int64, 0 for a row that is not finite, and the perplexity () of the codes.
     """
     planned, others = None, (first, noise, used)
-    fits = all(t.shape == last.shape and t.dtype == last.dtype and t.is_contiguous() for t in (last, first, noise))
-    if fits and last.dtype == codebook.dtype and _counts(used, codebook, torch.int32):
+    fits = first.shape == last.shape == noise.shape and first.dtype == last.dtype == noise.dtype == codebook.dtype
+    fits = fits and last.is_contiguous() and first.is_contiguous() and noise.is_contiguous()
+    if fits and _counts(used, codebook, torch.int32):
         planned = plan_one_call(last, codebook, "noise", "l2", "default", "auto", others=others)
     if planned is not None:
         step: tuple[Tensor, Tensor, Tensor] = numba_steps().noise_step(last, codebook, first, planned.plan, noise, used)

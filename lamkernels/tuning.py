@@ -20,8 +20,9 @@ RESIDENT_ENTRIES_ELSEWHERE = 2048
 # Rows whose length is not a multiple of this are loaded entry by entry, with an address in registers for each.
 ALIGNED = 16
 REGISTERS = 255
-SCORES = 16384  # that eight warps hold at a time
 OF_TWO_PROGRAMS = 128  # registers of a thread, where two programs of eight warps share a multiprocessor
+OF_THREE_SMALL, OF_FOUR_SMALL = 168, 128  # where three or four programs of four warps do
+PROGRAMS = 4  # persistent programs on a multiprocessor
 SMALL_BATCH = 4096  # rows below which more, smaller programs fill the device better
 
 
@@ -94,13 +95,36 @@ def resident(target: str, num_rows: int, num_codes: int, dim: int) -> Tile | Non
 
 
 def lookup(target: str, num_rows: int, num_codes: int, dim: int, native: bool) -> Tile | None:
-    """The tile of a lookup in a resident codebook; it holds no sums, so products of halves take whole warpgroups."""
+    """The tile of a lookup in a resident codebook; it holds no sums, so products of halves take whole warpgroups.
+
+    On sm_90 small tiles hide the wait for memory: two to four programs share a multiprocessor, each with the next tiles
+    of rows on their way.
+    """
     tile = resident(target, num_rows, num_codes, dim)
-    if tile is None or target != "sm_90" or not native or num_rows <= SMALL_BATCH or dim % ALIGNED:
+    if tile is None or target != "sm_90" or not native or num_rows <= SMALL_BATCH or dim % ALIGNED or tile.codes > 256:
         return tile
-    rows = min(128 if tile.dim > 32 else 256, SCORES // tile.codes)
-    given = Tile(rows, tile.codes, tile.dim, 8, 1, registers(target)) if rows >= 64 else tile
+    size = tile.codes * tile.dim
+    rows, stages = (128 if size <= 512 else 64), (4 if size == 256 else 3)
+    if tile.codes == 256 or size > 4096:
+        warps, most = 8, REGISTERS if tile.codes == 256 else OF_TWO_PROGRAMS
+    elif tile.codes == 128:
+        warps, most = 4, REGISTERS
+    else:
+        warps, most = 4, OF_THREE_SMALL if tile.dim == 128 or size == 4096 else OF_FOUR_SMALL
+    given = Tile(rows, tile.codes, tile.dim, warps, stages, most)
     return MEASURED.get(("lookup", target, tile.codes, tile.dim), given)
+
+
+def loads_ahead(target: str) -> bool:
+    """Whether the one pass has registers for the next tile of rows, and for the halves of an fp32 product."""
+    return target in ("sm_90", "interpreter")
+
+
+def programs(tile: Tile) -> int:
+    """How many persistent programs of a lookup share a multiprocessor; those that load ahead never wait for a place."""
+    if tile.stages == 1 or not tile.registers:
+        return PROGRAMS
+    return max(1, min(PROGRAMS, 65536 // (32 * tile.warps * tile.registers)))
 
 
 def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype, apart: bool = False) -> Tile:
@@ -121,7 +145,8 @@ def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype, apart: b
         # multiprocessor, so that the minimum of one is found while the other multiplies.
         entries = power(dim)
         return Tile(128, 128, entries, 8, 2, OF_TWO_PROGRAMS if entries <= 128 else REGISTERS)
-    return Tile(128, 128, 64, 8, 3, REGISTERS) if half else Tile(64, 64, 32, 4, 2, REGISTERS)
+    rows = 64 if target in ("sm_90", "sm_100", "sm_120") else 32  # 64 spill a register or two
+    return Tile(128, 128, 64, 8, 3, REGISTERS) if half else Tile(rows, 64, 32, 4, 2, REGISTERS)
 
 
 def exact(target: str) -> Tile:

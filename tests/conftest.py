@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 import lamkernels as lk
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses products in deterministic mode
 if importlib.util.find_spec("lamkernels.bench") is None:  # a checkout that is not installed: bench/ lies beside
     lk.__path__.append(str(Path(__file__).parents[1]))
 

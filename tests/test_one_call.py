@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lamkernels as lk
-from lamkernels import functional
+from lamkernels import functional, lookup_free
 from lamkernels.eager import is_plain
 
 numba = pytest.importorskip("numba")
@@ -249,3 +249,61 @@ def test_options_changed_after_the_constructor_are_checked(update, option, value
     setattr(vq, option, value)
     with pytest.raises(ValueError, match=f"{option} is '{value}'"):
         vq(torch.randn(40, 8))
+
+
+def scalars(x):
+    return lk.finite_scalar_quantize(x, [2 + d % 4 for d in range(x.shape[-1])], backend="numba")
+
+
+def signs(x):
+    mask = torch.arange(x.shape[:-1].numel()).reshape(x.shape[:-1]) % 5 > 0
+    return lk.lookup_free_quantize(
+        x, inv_temperature=0.7, zero="zero", mask=mask, codebook_entropy=False, backend="numba"
+    )
+
+
+def entropies(x):
+    """Of two codebooks; of finite rows, which the others are for."""
+    rows = x.nan_to_num(0.0).reshape(-1, 2, x.shape[-1] // 2).float()
+    codes = lookup_free.lookup_free_codes(torch.arange(2 ** rows.shape[-1]), rows.shape[-1])
+    return lookup_free.clamped_entropies(rows, codes, 0.7, 1e-2)
+
+
+def differentiate(quantise, x, **options):
+    leaf = x.clone().requires_grad_()
+    out = [t for t in quantise(leaf) if t is not None]
+    heads = [t for t in out if t.requires_grad]
+    weights = [torch.full((), 2.0 + i, dtype=t.dtype).expand(t.shape) for i, t in enumerate(heads)]
+    return heads, leaf, [*out, *torch.autograd.grad(heads, leaf, weights, retain_graph=True, **options)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("quantise", [scalars, signs, entropies])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_quantisers_without_a_codebook_give_what_their_operators_give(quantise, layout, dtype, monkeypatch):
+    base = torch.randn(2, 50, 8).to(dtype)
+    base[1, 7, 2] = torch.nan
+    run = lambda x: quantise(LAYOUTS[layout](x))  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(lookup_free, "is_plain", lambda *_: False)
+        _, _, wanted = differentiate(run, base)
+    heads, leaf, got = differentiate(run, base)
+    exact = {"rtol": 0, "atol": 0} if quantise is not entropies else {"rtol": 2e-5, "atol": 1e-6}
+    torch.testing.assert_close(got, wanted, equal_nan=True, **exact)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, copies_with_other_strides):
+        torch.testing.assert_close(differentiate(run, base)[2], got, equal_nan=True, rtol=0, atol=0)
+    grads = [torch.randn(3, *t.shape).to(t.dtype) for t in heads]
+    batched = torch.autograd.grad(heads, leaf, grads, is_grads_batched=True, retain_graph=True)[0]
+    for found, grad in zip(batched, zip(*grads, strict=True), strict=True):
+        wanted = torch.autograd.grad(heads, leaf, [*grad], retain_graph=True)[0]
+        torch.testing.assert_close(found, wanted, rtol=2e-5, atol=1e-6 if dtype != torch.bfloat16 else 1e-2)
+    if quantise is not entropies:
+        with pytest.raises(NotImplementedError, match="second derivative"):
+            differentiate(run, base, create_graph=True)[2][-1].sum().backward()
+
+
+def test_clamped_entropies_have_second_derivatives():
+    x = torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
+    codes = lookup_free.lookup_free_codes(torch.arange(8), 3, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda t: lookup_free.clamped_entropies(t, codes, 0.7, 1e-2), x)
+    assert torch.autograd.gradcheck(lambda t: lookup_free.clamped_entropies(t, codes, 0.7, 1e-2), x)

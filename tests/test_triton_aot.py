@@ -171,8 +171,9 @@ MACHINE_CODE = {  # on sm_90, by case and kernel: what has to be in it, and what
     ("lookup 1024 x 64", "nearest_code_streamed_kernel"): ([r"HGMMA\.64x64x8\.F32\.TF32", ASYNC_LOAD], [r"\bHMMA\."]),
     ("lookup 8192 x 256, bf16", "nearest_code_streamed_kernel"): (
         [r"HGMMA\.64x128x16\.F32\.BF16", ASYNC_LOAD], [r"\bHMMA\.", r"TF32"]),
+    # the next tiles of rows are on their way while one is worked on
     ("lookup 64 x 64, bf16", "nearest_code_resident_kernel"): (
-        [r"HGMMA\.64x\d+x16\.F32\.BF16", WIDE_LOAD], [r"\bHMMA\."]),
+        [r"HGMMA\.64x\d+x16\.F32\.BF16", ASYNC_LOAD], [r"\bHMMA\."]),
     ("moments 64", "scatter_kernel"): ([r"HGMMA\.64x64x8\.F32\.TF32", ASYNC_LOAD, WIDE_STORE], [r"\bHMMA\."]),
     **{("finite scalar 8 5 5 5" + t, f"finite_scalar_quantize_{p}_kernel"): (
         [WIDE_LOAD, WIDE_STORE], [SINGLE_LOAD, SINGLE_STORE]) for t in ("", ", bf16") for p in ("fwd", "bwd")},

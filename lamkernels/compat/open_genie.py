@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lamkernels.compat.base import Compat
-from lamkernels.lookup_free import lookup_free_quantize
+from lamkernels.lookup_free import LFQOutput, clamped_entropies, lookup_free_quantize
 from lamkernels.validation import check_option
 
 EntropyForm = Literal["clamped", "factorised"]
+CLAMP = 1e-6  # of p in log p
 
 
 class LookupFreeQuantization(Compat):
@@ -31,9 +31,9 @@ class LookupFreeQuantization(Compat):
         commit_weight: weight of the commitment loss.
         entropy_weight: weight of both entropies.
         diversity_weight: weight of the entropy of the mean against that of the rows.
-        entropy_form: how they are computed. "clamped": as upstream, with log(max(p, 1e-6)) on an N × 2^d matrix.
-            "factorised": exactly, from independent bits, without that matrix; off from the clamped value by 1e-4 at
-            d = 8 and by more for larger d. On a module that was swapped, set the attribute of that name.
+        entropy_form: how they are computed. "clamped": as upstream, with log(max(p, 1e-6)), of N · 2^d terms.
+            "factorised": exactly, from independent bits; off from the clamped value by 1e-4 at d = 8 and by more for
+            larger d. On a module that was swapped, set the attribute of that name.
 
     Shape:
         inp (b, ..., D), with ``transpose`` (b, D, ...) -> out as inp, idxs (b, ..., c) int64 without its axes of
@@ -91,8 +91,8 @@ class LookupFreeQuantization(Compat):
         if transpose:
             inp = inp.movedim(1, -1)
         x: Tensor = self.proj_inp(inp)
-        leading = x.shape[:-1]
-        x = x.reshape(leading[0], math.prod(leading[1:]), self.n_codebook, -1)  # (b, n, c, d)
+        if self.n_codebook > 1:
+            x = x.reshape(*x.shape[:-1], self.n_codebook, x.shape[-1] // self.n_codebook)  # (b, ..., c, d)
         exact = self.training and self.entropy_form == "factorised"
         out = lookup_free_quantize(
             x, zero="zero", codebook_entropy=False, inv_temperature=float(beta) if exact else 100.0
@@ -100,8 +100,8 @@ class LookupFreeQuantization(Compat):
         code = out.quantized
         if not self.training:  # a sign has a gradient of 0, not none
             code = code.detach() + 0 * x if x.requires_grad else code
-        out_rows: Tensor = self.proj_out(code.reshape(*leading, -1))
-        idxs = out.indices.clamp(min=0).reshape(*leading, self.n_codebook).squeeze()
+        out_rows: Tensor = self.proj_out(code if self.n_codebook == 1 else code.flatten(-2))
+        idxs = out.indices.clamp(min=0).squeeze()
         if transpose:
             if idxs.ndim < 2:
                 raise ValueError(
@@ -111,24 +111,21 @@ class LookupFreeQuantization(Compat):
             out_rows, idxs = out_rows.movedim(-1, 1), idxs.movedim(-1, 1)
         if not self.training:
             return (out_rows, idxs), None
-        entropy = self._factorised_entropy(x, out.sample_entropy, beta) if exact else self._clamped_entropy(x, beta)
-        loss = self.entropy_weight * entropy + self.commit_weight * out.commitment_loss
-        return (out_rows, idxs), loss.to(entropy.dtype)
+        x = x.reshape(-1, self.n_codebook, x.shape[-1])
+        if exact:
+            sample, of_mean = self._factorised(x, out, beta)
+        else:  # in the dtype of the codes: at β = 100 a logit has no digits left in half precision
+            x = x.to(torch.promote_types(x.dtype, self.codebook.dtype))
+            sample, of_mean = clamped_entropies(x, self.codebook, beta, CLAMP)
+        loss = self.entropy_weight * torch.add(sample, of_mean, alpha=self.diversity_weight)
+        return (out_rows, idxs), torch.add(loss, out.commitment_loss, alpha=self.commit_weight).to(loss.dtype)
 
-    def _clamped_entropy(self, x: Tensor, beta: float) -> Tensor:
-        """mean H(p) + diversity_weight · H(mean p) of rows (b, n, c, d), each mean over the codebooks as well."""
-        dtype = torch.promote_types(x.dtype, self.codebook.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # at β = 100 a logit has no digits left in half precision
-            p = (2 * beta * (x.to(dtype) @ self.codebook.to(dtype).T)).softmax(-1)
-        return _entropy(p).mean() + self.diversity_weight * _entropy(p.mean((0, 1))).mean()
-
-    def _factorised_entropy(self, x: Tensor, sample_entropy: Tensor, beta: float) -> Tensor:
-        """The same without the clamp. Every codebook has a mean of its own."""
+    def _factorised(self, x: Tensor, out: LFQOutput, beta: float) -> tuple[Tensor, Tensor]:
+        """Mean H(p) and H(mean p) without the clamp. Every codebook has a mean of its own."""
         of_means = [
-            lookup_free_quantize(x[:, :, i], inv_temperature=float(beta)).codebook_entropy
-            for i in range(self.n_codebook)
+            lookup_free_quantize(x[:, i], inv_temperature=float(beta)).codebook_entropy for i in range(self.n_codebook)
         ]
-        return sample_entropy + self.diversity_weight * torch.stack([h for h in of_means if h is not None]).mean()
+        return out.sample_entropy, torch.stack([h for h in of_means if h is not None]).mean()
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
@@ -149,7 +146,3 @@ class LookupFreeQuantization(Compat):
         weight = getattr(self.proj_inp, "weight", None)
         width, like = (dim, self.codebook) if weight is None else (weight.shape[1], weight)
         return (torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0)).to(like),)
-
-
-def _entropy(p: Tensor) -> Tensor:
-    return -(p * p.clamp(min=1e-6).log()).sum(-1)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lamkernels.compat.vector_quantizer2 import VectorQuantizer2Family, check_for_gumbel
+from lamkernels.functional import quantize_channels
 
 
 class VectorQuantizer2(VectorQuantizer2Family):
@@ -54,12 +55,13 @@ class VectorQuantizer2(VectorQuantizer2Family):
         check_for_gumbel(temp, rescale_logits, return_logits)
         if z.ndim != 4 or z.shape[1] != self.e_dim:
             raise ValueError(f"z has shape {tuple(z.shape)}; it must be (b, {self.e_dim}, h, w)")
-        z_q, loss, indices = self._quantize(*self._as_computed(z.movedim(1, -1)))
+        z, weight = self._as_computed(z)
+        z_q, indices, loss = quantize_channels(z, weight, *self._weights)
         if self.remap is not None:
             indices = self.remap_to_used(indices.reshape(z.shape[0], -1)).reshape(-1, 1)
         if self.sane_index_shape:
             indices = indices.reshape(z.shape[0], *z.shape[2:])
-        return z_q.movedim(-1, 1).contiguous(), loss, (None, None, indices)
+        return z_q, loss if loss.dtype == z.dtype else loss.to(z.dtype), (None, None, indices)
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, ...] | None) -> Tensor:
         """The codes (..., D) of indices; with ``shape`` (b, h, w, D) as (b, D, h, w). ``remap`` needs the shape."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lamkernels.compat.base import Compat
-from lamkernels.lookup_free import finite_scalar_quantize
+from lamkernels.lookup_free import quantize_entries
+from lamkernels.ops.finite_scalar_quantize.levels import EVEN
 
 
 class FiniteScalarQuantizer(Compat):
@@ -44,9 +45,7 @@ class FiniteScalarQuantizer(Compat):
 
     def forward(self, z: Tensor) -> Tensor:
         """Quantises z (..., D)."""
-        if self.num_bins % 4 == 2:  # the even level next to 0 is the lower one, and a tie goes up in the kernel
-            z = z - torch.finfo(z.dtype).tiny
-        return finite_scalar_quantize(z, [self.num_bins] * z.shape[-1], symmetric=True)[0]
+        return quantize_entries(z, (self.num_bins,) * z.shape[-1], EVEN)[0]
 
     def scale_and_shift(self, z: Tensor) -> Tensor:
         """[−1, 1] to [0, L − 1]."""

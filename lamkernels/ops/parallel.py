@@ -11,6 +11,7 @@ import ctypes
 import functools
 import mmap
 import os
+import struct
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ STORED = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "u
 MIN_WORK_PER_THREAD = 1 << 20  # multiply-adds; below, waking a thread costs more than it brings
 
 HUGE, MADV_HUGEPAGE, PAGE = 1 << 22, 14, mmap.PAGESIZE  # bytes from which on; Linux's number
+
+ZERO = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}  # kept as it is
 
 _forked_from: list[int] = []  # not empty in a child process of fork, where OpenMP's threads are gone
 os.register_at_fork(after_in_child=lambda: _forked_from.append(os.getppid()))
@@ -68,6 +71,13 @@ def entry(kernel: Any) -> Callable[[int], None]:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel.address)
 
 
+@functools.lru_cache
+def bits(number: float) -> int:
+    """Those of a number as fp64, as an int64 parameter."""
+    (found,) = struct.unpack("q", struct.pack("d", number))
+    return int(found)
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor on the CPU, in huge pages where it is large.
 
@@ -80,6 +90,11 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         start = tensor.data_ptr() + -tensor.data_ptr() % PAGE
         madvise(start, (tensor.data_ptr() + tensor.nbytes - start) // PAGE * PAGE, MADV_HUGEPAGE)
     return tensor
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of the shape and dtype of x, as :func:`empty` makes it."""
+    return empty(x.shape, x.dtype) if x.nbytes >= HUGE else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import tensor
 
+from lamkernels import tuning
 from lamkernels.ops.constants import COSINE_EPS
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -28,6 +29,7 @@ LARGEST_SQUARED = tl.constexpr(2.0**58)  # a sum of squares of 2¹² such entrie
 LARGEST_SINGLE = tl.constexpr(3.4e38)  # still finite when rounded to tf32
 COSINE_CLAMP = tl.constexpr(COSINE_EPS)
 SMALLEST_UNIT = tl.constexpr(1e-37)  # what the largest entry of a row is clamped to: its inverse is a normal number
+FEW_PRODUCTS = tl.constexpr(2048)  # of a tile, to each step
 LARGEST_DOUBLE = tl.constexpr(1.7976931348623157e308)
 
 
@@ -151,36 +153,72 @@ def resident_norms(
 
 @triton.jit
 def nearest_resident(
-    x: tensor, codebook: tensor, stride: tensor, num_codes: tensor, dim: tensor, centre: tensor, half_norm: tensor,
-    limit: tensor,
-    L2: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    x: tensor, codebook: tensor, stride: tensor, dim: tensor, centre: tensor, half_norm: tensor,
+    CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> tensor:  # fmt: skip
-    """Index [BN] of the nearest code of each row, −1 without a finite code; whether to look for :func:`rows_to_scan`.
+    """Index [BN] of the nearest code of each row, −1 without a finite code.
 
-    Where there is nothing to look for, the squares of x − μ do not overflow either. The codes are loaded again for each
-    tile of rows: they come from the cache, and would not fit the registers.
+    The codes are loaded again for each tile of rows: they come from the cache, and would not fit the registers.
     """
     k = tl.arange(0, BK)
     d = tl.arange(0, BD)
     inside = (half_norm < float("inf"))[:, None] & (d < dim)[None, :]  # [BK, BD]
     code = tl.load(codebook + k.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
-    wide = less_centre(x, centre, CENTRE)  # [BN, BD]
-    if L2:  # of a tile, not of each row
-        size = tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # as bits a NaN is larger than an infinity
-        doubtful = (size.to(tl.float32, bitcast=True) <= tl.minimum(limit, LARGEST_SQUARED)) == 0
-    else:
-        doubtful = tl.max(rows_to_scan(x, centre, limit, dim, L2, CENTRE).to(tl.int32), axis=0) > 0
     if NATIVE:
         product = tl.dot(x, tl.trans(code), input_precision="ieee", out_dtype=tl.float32)
     else:
         centred = code.to(tl.float32)
         if CENTRE:
             centred = tl.where(inside, centred - centre[None, :], 0.0)
-        product = tl.dot(wide, tl.trans(centred), input_precision=DOT, out_dtype=tl.float32)
+        product = dot(less_centre(x, centre, CENTRE), tl.trans(centred), DOT)
     score = half_norm[None, :] - product  # [BN, BK]
     best = tl.min(score, axis=1)
     index = tl.min(tl.where(score == best[:, None], k[None, :], BK), axis=1)
-    return tl.where(best < float("inf"), index, -1), doubtful
+    return tl.where(best < float("inf"), index, -1)
+
+
+@triton.jit
+def dot(a: tensor, b: tensor, DOT: tl.constexpr) -> tensor:
+    """a·b in fp32, of doubles in fp64.
+
+    "split" is the three TF32 products that Triton makes of "tf32x3", less what it does for NaN and infinity: here they
+    spoil a row or a column that something else decides. A product ignores the bits that tf32 lacks. Small tiles wait
+    for each product, so there the last of the three does not wait for the others.
+    """
+    wide = tl.float64 if a.dtype == tl.float64 else tl.float32
+    if DOT == "split":
+        a_high, b_high = round_to_tf32(a), round_to_tf32(b)
+        small = tl.dot(a - a_high, b_high, input_precision="tf32", out_dtype=wide)
+        small = tl.dot(a_high, b - b_high, small, input_precision="tf32")
+        if a.shape[0] * b.shape[1] <= FEW_PRODUCTS:
+            product = tl.dot(a_high, b_high, input_precision="tf32", out_dtype=wide) + small
+        else:
+            product = tl.dot(a_high, b_high, small, input_precision="tf32")
+    else:
+        product = tl.dot(a, b, input_precision=DOT, out_dtype=wide)
+    return product
+
+
+@triton.jit
+def doubt(
+    x: tensor, centre: tensor, limit: tensor, dim: tensor, L2: tl.constexpr, CENTRE: tl.constexpr
+) -> tensor:  # fmt: skip
+    """What :func:`is_doubtful` takes, of entries x [BN, BD] alone or as a maximum over tiles."""
+    if L2:  # as bits a NaN is larger than an infinity
+        found = less_centre(x, centre, CENTRE).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    else:
+        found = rows_to_scan(x, centre, limit, dim, L2, CENTRE).to(tl.int32)
+    return found
+
+
+@triton.jit
+def is_doubtful(found: tensor, limit: tensor, L2: tl.constexpr) -> tensor:
+    """Whether there may be :func:`rows_to_scan`; where there are none, the squares of x − μ do not overflow either."""
+    largest = tl.max(found)
+    doubtful = largest > 0
+    if L2:
+        doubtful = (largest.to(tl.float32, bitcast=True) <= tl.minimum(limit, LARGEST_SQUARED)) == 0
+    return doubtful
 
 
 @triton.jit
@@ -308,19 +346,20 @@ def round_to_tf32(value: tensor) -> tensor:
 def grouped_sum(member: tensor, value: tensor, DOT: tl.constexpr) -> tensor:
     """Sums [BG, BD] of the rows of ``value`` [BN, BD] that are members [BG, BN] of each group.
 
-    The one-hot factor is exact in tf32, so two products do, of the two halves of ``value``: an error of 2⁻²³ of it.
+    The one-hot factor is exact in tf32, so two products do, of the two halves of ``value``: an error of 2⁻²³ of it. The
+    product ignores the bits of the lower half that tf32 lacks.
     """
     if value.dtype == tl.float64:
         total = tl.sum(tl.where(member[:, :, None], value[None, :, :], 0.0), axis=1)
     else:  # clamped, because an infinity would reach every group as 0 · inf
-        clamped = tl.minimum(tl.maximum(value, -LARGEST_SINGLE), LARGEST_SINGLE)
+        value = tl.minimum(tl.maximum(value, -LARGEST_SINGLE), LARGEST_SINGLE)
         one_hot = member.to(tl.float32)
         if DOT == "ieee":
-            total = tl.dot(one_hot, clamped, input_precision="ieee", out_dtype=tl.float32)
+            total = tl.dot(one_hot, value, input_precision="ieee", out_dtype=tl.float32)
         else:
-            high = round_to_tf32(clamped)
+            high = round_to_tf32(value)
             total = tl.dot(one_hot, high, input_precision="tf32", out_dtype=tl.float32)
-            total = tl.dot(one_hot, round_to_tf32(clamped - high), total, input_precision="tf32")
+            total = tl.dot(one_hot, value - high, total, input_precision="tf32")
     return total
 
 
@@ -330,7 +369,7 @@ class Arithmetic(NamedTuple):
     exact: bool  # fp64 differences over all codes
     centre: bool  # fp32 rows: subtract the grid centre of the codes
     native: bool  # product of two equal half types, accumulated in fp32
-    dot: str  # input_precision of the fp32 product
+    dot: str  # how fp32 is multiplied: an input_precision, or "split", see :func:`dot`
 
 
 def arithmetic(x: Tensor, codebook: Tensor, metric: str, precision: str, target: str) -> Arithmetic:
@@ -345,8 +384,10 @@ def arithmetic(x: Tensor, codebook: Tensor, metric: str, precision: str, target:
 
 
 def fp32_product(target: str) -> str:
-    """The input_precision that keeps about 22 bits of both factors; tf32x3 does not compile for AMD."""
-    return "ieee" if target.startswith("gfx") else "tf32x3"
+    """What :func:`dot` takes to keep about 22 bits of both factors; TF32 does not compile for AMD."""
+    if target.startswith("gfx"):
+        return "ieee"
+    return "split" if tuning.loads_ahead(target) else "tf32x3"
 
 
 def unit_inner(tensor: Tensor) -> Tensor:
@@ -387,4 +428,6 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 @functools.cache
 def persistent_programs(device: torch.device) -> int:
     """How many programs a persistent kernel gets: a fixed number per device, since the partition decides the bits."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    if device.type != "cuda":
+        return 3
+    return tuning.PROGRAMS * int(torch.cuda.get_device_properties(device).multi_processor_count)

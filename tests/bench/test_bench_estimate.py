@@ -7,7 +7,8 @@ import sys
 
 import pytest
 from lamkernels.bench import cli, estimate
-from lamkernels.bench.workloads import OPS, Workload
+from lamkernels.bench.peaks import Peaks
+from lamkernels.bench.workloads import OPS, Workload, select
 
 BY_HAND = {  # at N=1000, K=10, D=4 in fp32: bytes, flops, bytes in use at once
     # x 16 000, codebook 160, indices 8 000; 2·N·K·D
@@ -38,8 +39,36 @@ def test_products_count_against_the_rate_of_their_type():
     assert estimate.estimate(single, "RTX 4090").microseconds == pytest.approx(
         2**37 / 82.6e6
     )  # where plain fp32 is faster
+    rows = Workload("custom", "covariance", 2**20, 0, 4096)  # three products of halves
+    assert estimate.estimate(rows, "H200").microseconds == pytest.approx(2**44 / (989.4e6 / 3))
     assert estimate.estimate(half, "H200").bound == "compute"
     assert estimate.estimate(half, "H200").score_matrix_bytes == 2**32
+
+
+def test_the_targets_take_what_a_hand_counts():
+    """µs at the rates measured on an H200: a copy 4.3 TB/s, halves 790 TF/s, three products of them 228."""
+    bandwidth, half, three = 4.3e6, 790e6, 228e6
+    by_hand = {  # rows and codes in, indices of 8 bytes out; or 2·N·K·D
+        (1048576, 8, 16): (1048576 * (2 * 16 + 8) + 2 * 8 * 16) / bandwidth,
+        (273000, 64, 16): (273000 * (2 * 16 + 8) + 2 * 64 * 16) / bandwidth,
+        (1048576, 64, 64): (1048576 * (2 * 64 + 8) + 2 * 64 * 64) / bandwidth,
+        (1048576, 256, 128): 2 * 1048576 * 256 * 128 / half,
+        (1048576, 1024, 64): 2 * 1048576 * 1024 * 64 / half,
+        (262144, 8192, 256): 2 * 262144 * 8192 * 256 / half,
+        (1048576, 65536, 128): 2 * 1048576 * 65536 * 128 / half,
+        # rows in and out, codebook, indices, counts and sums
+        (1048576, 16, 128): (1048576 * (2 * 4 * 128 + 8) + 4 * 16 * 128 + 8 * 16 + 4 * 16 * 128) / bandwidth,
+        (1000000, 0, 64): (1000000 * 4 * 64 + 8 * 64**2) / bandwidth,  # one triangle: N·D²
+        (5000000, 0, 2048): 5000000 * 2048**2 / three,
+    }
+    floors = (9, 3, 32, 87, 174, 1.4e3, 22e3, 251, 60, 92e3)
+    targets = {(w.N, w.K, w.D): w for w in select(["targets"], OPS, "cuda")}
+    assert targets.keys() == by_hand.keys()
+    for (shape, expected), floor in zip(by_hand.items(), floors, strict=True):
+        rate = three if targets[shape].op == "covariance" else half
+        found = Peaks(bandwidth * 1e6, rate * 1e6).seconds(targets[shape].bytes, targets[shape].flops) * 1e6
+        assert found == pytest.approx(expected, rel=1e-12)
+        assert found == pytest.approx(floor, abs=1.2, rel=0.015)  # whole microseconds, smaller indices
 
 
 def test_names_are_forgiving_and_unknown_ones_listed(capsys):

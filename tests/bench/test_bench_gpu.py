@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lamkernels.bench import cli, gpu, small_cases
+from lamkernels.bench import cli, gpu, small_cases, warm
 from lamkernels.bench.gpu import Part
+from lamkernels.bench.workloads import CODE_OPS, Workload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lamkernels import info
@@ -81,7 +82,8 @@ def test_the_parts_fit_the_time_and_their_commands_reach_the_missing_gpu(tmp_pat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     chosen = gpu.parts(tmp_path)
     assert sum(part.seconds for part in chosen) <= 9.5 * 60
-    mains = {gpu.__package__: cli.main, f"{gpu.__package__}.small_cases": small_cases.main}
+    package = gpu.__package__
+    mains = {package: cli.main, f"{package}.small_cases": small_cases.main, f"{package}.warm": warm.main}
     for part in chosen:
         command = part.command[part.command.index(sys.executable) :]
         module, options = command[2], list(command[3:])
@@ -101,7 +103,16 @@ def test_the_parts_fit_the_time_and_their_commands_reach_the_missing_gpu(tmp_pat
     assert [line.split()[0] for line in listed] == ["tests", "memcheck"] and os.fspath(tmp_path) not in listed[0]
     with pytest.raises(SystemExit):
         gpu.main(["--parts", "tests,speed"])
-    assert "no part speed; there are tests, train_step" in capsys.readouterr().err
+    assert "no part speed; there are tests, warm, train_step" in capsys.readouterr().err
+
+
+def test_what_is_warmed_up_is_what_is_measured(monkeypatch):
+    shown = {task.workload for task in warm.tasks("cpu") if task.workload}
+    assert {w.op for w in shown} == set(CODE_OPS) and {w.suite for w in shown} == {"lam", "tokenizer"}
+    assert all(w.score_matrix_bytes <= warm.SCORES for w in shown)
+    step = Workload("custom", "train_step", 20, 3, 4)
+    assert warm.compile_one(warm.Task("eager", step), "cpu") == ""
+    assert warm.compile_one(warm.Task("faiss", step), "cpu").startswith("KeyError")
 
 
 def test_the_small_cases_reach_every_operator(capsys, monkeypatch):

@@ -70,6 +70,26 @@ def test_what_a_form_does_not_take_is_a_row():
     assert step.ms is None and step.note.startswith("RuntimeError")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
+def test_the_compiled_step_is_the_eager_one(monkeypatch):
+    compiled = torch.nn.Module.compile
+    # the whole of what Dynamo and autograd make of it, without the minutes of a C++ compiler
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, backend="aot_eager", **how))
+    losses = []
+    for wrap in (lambda harness: None, profile_step.Harness.compile):
+        harness = profile_step.Harness("lapa", SMALL["lapa"], "fused", "cpu")
+        wrap(harness)
+        torch.manual_seed(1)
+        frames = torch.rand_like(harness.frames)
+        losses.append(torch.stack([harness.step(frames) for _ in range(2)]))
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+    found = profile_step.Profile("univla", SMALL["univla"], {}, "fp32", [], [])
+    steps = profile_step.with_compiled(found, "cpu", 0.0).steps
+    assert [step[:2] for step in steps] == [("stock", "compiled"), ("fused", "compiled")]
+    assert not any(step.note for step in steps)
+    assert all(step.ms is not None and step.ms > 0 for step in steps)
+
+
 def test_the_command_writes_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(SIZES, "univla", SMALL["univla"])
     monkeypatch.setitem(profile_step.ON_CPU, "univla", {})

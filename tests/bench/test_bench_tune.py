@@ -42,7 +42,7 @@ def test_what_cannot_be_held_is_not_generated_and_what_spills_is_refused():
     tiles = tune.candidates(rule, "sm_90", given, 4)
     assert not any(tile.rows * tile.codes // (32 * tile.warps) > 160 for tile in tiles)
     assert tune.why_not(LOOKUP, "sm_90", rule, key, given) == ""
-    assert "spills" in tune.why_not(LOOKUP, "sm_90", rule, key, given._replace(registers=128))
+    assert "spills" in tune.why_not(LOOKUP, "sm_90", rule, key, given._replace(registers=64))
 
 
 def test_the_fastest_right_tile_becomes_a_row_ready_to_paste():

@@ -118,3 +118,31 @@ def test_errors():
             ours(torch.randn(shape))
     with pytest.raises(ValueError, match="return_logits is True"):
         ours(torch.randn(2, 8, 3, 3), return_logits=True)
+
+
+def test_a_map_with_a_row_that_is_not_finite_is_the_same_in_every_layout():
+    """Contiguous maps are read and written where they are, and what is special goes by the operators."""
+    ours = VectorQuantizer2(16, 8, 0.3)
+    base, weight = torch.randn(2, 8, 3, 4) / 16, torch.randn(2, 8, 3, 4)
+    broken = base.clone()
+    broken[1, 2, 0, 1] = torch.nan
+
+    def run(z, layout=lambda t: t, unpack=lambda t: t, grad=weight):
+        leaf = z.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            z_q, loss, (_, _, indices) = ours(layout(leaf))
+        grads = torch.autograd.grad([z_q, loss], (leaf, ours.embedding.weight), [grad, torch.tensor(3e3)])
+        return z_q, loss, indices, *grads
+
+    for z in (base, broken):
+        got = run(z)
+        others = (
+            run(z, lambda t: t.contiguous(memory_format=torch.channels_last)),
+            run(z, unpack=lambda t: t.mT.contiguous().mT if t.ndim > 1 else t.clone()),
+            run(z, grad=weight.contiguous(memory_format=torch.channels_last)),
+        )
+        for other in others:
+            torch.testing.assert_close(got, other, rtol=1e-5, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(run(z, grad=torch.ones(()).expand(z.shape))[3], run(z, grad=torch.ones(z.shape))[3])
+    assert got[0][1, :, 0, 1].isnan().all() and got[0].isnan().sum() == 8
+    assert (got[3][1, :, 0, 1] == 0).all() and got[2][13] == 0

@@ -67,6 +67,13 @@ def test_zero_goes_where_upstream_rounds_it(bins, dtype):
         assert got.tolist() == [[-1, -1], [1, -1]]
 
 
+def test_levels_that_lie_close_in_half_precision():
+    ours = FiniteScalarQuantizer(1, 402)
+    z = (torch.arange(-300, 300) * 1e-4).half()[:, None]
+    exact = FiniteScalarQuantizer(1, 402)(z.double())
+    assert torch.equal(digits(ours, ours(z).double()), digits(ours, exact)) and len(exact.unique()) > 10
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("bins", [2, 4])
 def test_a_hundred_steps_of_training(dtype, bins):

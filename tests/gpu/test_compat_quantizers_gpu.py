@@ -23,12 +23,6 @@ pytestmark = [
 Results = Callable[[nn.Module, Tensor], list[Tensor]]  # indices, quantised rows, loss
 
 
-@pytest.fixture(autouse=True)
-def _deterministic_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain forms are matrix products, and the tests run with deterministic algorithms only."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
 def of_villa_x(module: nn.Module, z: Tensor) -> list[Tensor]:
     z_q, loss, (_, _, indices) = module(z)
     return [indices, z_q, loss]

@@ -17,12 +17,6 @@ pytestmark = [
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
-@pytest.fixture(autouse=True)
-def _deterministic_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The codebook entropy is matrix products, and the tests run with deterministic algorithms only."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
 def rows(count: int, dim: int, dtype: torch.dtype) -> Tensor:
     x = 1.5 * torch.randn(count, dim, device="cuda").to(dtype)
     if count > 9:

@@ -28,6 +28,8 @@ DTYPES = [
     (torch.bfloat16, torch.float32),
     (torch.float64, torch.float64),
 ]
+# every size in fp32, every dtype on either path: a compiler takes a second for each kernel
+SOME = [*((shape, DTYPES[0]) for shape in SHAPES), *((SHAPES[i], pair) for i in (2, 4) for pair in DTYPES[1:])]
 
 
 def data(rows: int, codes: int, dim: int, dtype: torch.dtype, code_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -85,12 +87,11 @@ def test_vector_quantize_agrees_with_the_specification(
 
 @pytest.mark.parametrize("gradient", ["ste", "rotation", "noise"])
 @pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
-@pytest.mark.parametrize(("dtype", "code_dtype"), DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtypes"), SOME)
 def test_every_gradient_under_every_metric(
-    shape: tuple[int, int, int], dtype: torch.dtype, code_dtype: torch.dtype, metric: str, gradient: str
+    shape: tuple[int, int, int], dtypes: tuple[torch.dtype, torch.dtype], metric: str, gradient: str
 ) -> None:
-    rows, codes, _ = shape
+    (rows, codes, _), (dtype, code_dtype) = shape, dtypes
     _, codebook = data(*shape, dtype, code_dtype)
     if metric == "cosine":
         codebook = torch.nn.functional.normalize(codebook.double(), dim=-1).to(code_dtype)

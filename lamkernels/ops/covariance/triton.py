@@ -17,7 +17,7 @@ from triton.language import tensor
 
 from lamkernels import tuning
 from lamkernels.ops.covariance.gpu import Factor, moments
-from lamkernels.ops.triton_common import fp32_product, is_finite, on_device, persistent_programs, unit_inner
+from lamkernels.ops.triton_common import dot, fp32_product, is_finite, on_device, persistent_programs, unit_inner
 
 FLUSH = tl.constexpr(1024)  # rows that are added up in fp32
 
@@ -100,7 +100,10 @@ def scatter_kernel(
             a = tl.where(mask_x, (a - shift_of_x[None, :]) * weight[:, None], 0.0)
             b = tl.where(mask_y, b - shift_of_y[None, :], 0.0)
             if MATRIX:
-                product = tl.dot(tl.trans(a), b, product, input_precision=DOT, out_dtype=wide)
+                if DOT == "split":
+                    product += dot(tl.trans(a), b, DOT)
+                else:
+                    product = tl.dot(tl.trans(a), b, product, input_precision=DOT, out_dtype=wide)
             else:
                 product += tl.sum(a[:, :, None] * b[:, None, :], axis=0)
             if SYMMETRIC:

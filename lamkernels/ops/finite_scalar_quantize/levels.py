@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BOUNDED, SYMMETRIC, EVEN = range(3)  # what rounds: see bound
 MARGIN = 1e-3  # by how much the bound of Mentzer et al. exceeds the outermost levels, relative to their distance
 
 
@@ -38,12 +39,17 @@ class Bound(NamedTuple):
 
 
 @functools.cache
-def bound(levels: int, symmetric: bool) -> Bound:
-    """The bound of Mentzer et al. 2023, appendix A.1, or the symmetric one, tanh(x) rounded to L values in [−1, 1]."""
-    if symmetric:
+def bound(levels: int, rounding: int) -> Bound:
+    """BOUNDED: by Mentzer et al. 2023, appendix A.1. SYMMETRIC: tanh(x) rounded to L values in [−1, 1], a tie upwards.
+
+    EVEN is SYMMETRIC with ties to the even position, as torch.round has them: x = 0, where L is even.
+    """
+    if rounding != BOUNDED:
         half = (levels - 1) / 2
-        edges = tuple(math.atanh((j - 0.5) / half - 1) for j in range(1, levels))
-        return Bound(edges, half, half, 1.0, 0.0)
+        middles = [math.atanh((j - 0.5) / half - 1) for j in range(1, levels)]
+        if rounding == EVEN and levels % 4 == 2:  # the even position is the lower one
+            middles[levels // 2 - 1] = float(torch.finfo(torch.float32).tiny)
+        return Bound(tuple(middles), half, half, 1.0, 0.0)
     width = levels // 2
     half, offset = (levels - 1) * (1 + MARGIN) / 2, 0.5 if levels % 2 == 0 else 0.0
     shift = math.atanh(offset / half)
@@ -58,7 +64,7 @@ def strides(levels: tuple[int, ...]) -> list[int]:
 
 @functools.cache
 def tables(
-    levels: tuple[int, ...], symmetric: bool, dtype: torch.dtype, device: torch.device
+    levels: tuple[int, ...], rounding: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The bounds of all columns as tensors of a device, for rows of a dtype.
 
@@ -68,7 +74,7 @@ def tables(
         thresholds (D, P), fp32 or for fp64 rows fp64, P + 1 a power of two, the rest +inf; codes (D, P + 1) in
         ``dtype``; slopes and shifts (2, D) in the type of the thresholds; strides (D,) int64.
     """
-    bounds = [bound(count, symmetric) for count in levels]
+    bounds = [bound(count, rounding) for count in levels]
     padded = (1 << (max(levels) - 1).bit_length()) - 1
     edges = torch.full((len(levels), padded), torch.inf, dtype=torch.float64, device="cpu")
     codes = torch.zeros((len(levels), padded + 1), dtype=torch.float64, device="cpu")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 from numba import carray, njit
 from torch import Tensor
 
+from lamkernels.eager import apply, is_ordinary
 from lamkernels.ops.elementary import exp_negative
+from lamkernels.ops.finite_scalar_quantize import op
 from lamkernels.ops.finite_scalar_quantize.levels import tables
-from lamkernels.ops.nearest_code.numba import (
-    FLAGS,
-    elements,
-)
-from lamkernels.ops.parallel import compiled, empty, launch
+from lamkernels.ops.nearest_code.numba import FLAGS, elements
+from lamkernels.ops.parallel import compiled, empty, empty_like, launch, run
 from lamkernels.ops.simd import computed_type, fetch_add, narrow, stored_type, widen, words
+from lamkernels.ops.vector_quantize.numba import nan_and_zero
 
 BLOCK = 256  # rows; a column of them and what is computed of it stay in the first cache
 CHUNK = 4096  # rows in a task
@@ -24,6 +29,7 @@ COUNTED = 32  # levels up to which counting all thresholds, in vectors, beats a 
 # and shifts (2, D); forward: 11 thresholds (D, P), 12 codes (D, P + 1) in x.dtype, 13 strides (D,), 14 quantized
 # (H, N, D), 15 NaN in x.dtype; backward: 11 gradient of quantized, 12 to 14 its strides, 15 gradient of x (H, N, D)
 PARAMETERS = 16
+Parameters = ctypes.c_int64 * PARAMETERS
 
 
 @njit(**FLAGS)
@@ -119,12 +125,12 @@ def _backward(p):
     _backward_chunks(words(p), stored_type(p), computed_type(p))
 
 
-def finite_scalar_quantize(x: Tensor, levels: list[int], symmetric: bool) -> tuple[Tensor, Tensor]:
+def finite_scalar_quantize(x: Tensor, levels: Sequence[int], rounding: int) -> tuple[Tensor, Tensor]:
     """See :func:`lamkernels.finite_scalar_quantize`. ``x`` (H, N, D)."""
     (heads, rows, dim), x = x.shape, x if x.stride(-1) == 1 else x.contiguous()
-    thresholds, codes, slopes, steps = tables(tuple(levels), symmetric, x.dtype, x.device)
+    thresholds, codes, slopes, steps = tables(tuple(levels), rounding, x.dtype, x.device)
     quantized, indices = empty((heads, rows, dim), x.dtype), torch.empty((heads, rows), dtype=torch.int64)
-    fill = torch.full((1,), torch.nan, dtype=x.dtype)
+    fill = nan_and_zero(x.dtype)
     outputs = (thresholds, codes, steps, quantized, fill)
     parameters = [*_common(x, indices, thresholds, slopes), *(t.data_ptr() for t in outputs)]
     work = heads * rows * sum(levels)
@@ -133,11 +139,11 @@ def finite_scalar_quantize(x: Tensor, levels: list[int], symmetric: bool) -> tup
 
 
 def finite_scalar_quantize_backward(
-    x: Tensor, indices: Tensor, grad_quantized: Tensor, levels: list[int], symmetric: bool
+    x: Tensor, indices: Tensor, grad_quantized: Tensor, levels: Sequence[int], rounding: int
 ) -> Tensor:
     """See the reference for the formula."""
     (heads, rows, dim), x, indices = x.shape, x if x.stride(-1) == 1 else x.contiguous(), indices.contiguous()
-    thresholds, _, slopes, _ = tables(tuple(levels), symmetric, x.dtype, x.device)
+    thresholds, _, slopes, _ = tables(tuple(levels), rounding, x.dtype, x.device)
     grad_x = empty((heads, rows, dim), x.dtype)
     parameters = _common(x, indices, thresholds, slopes)
     parameters += [grad_quantized.data_ptr(), *grad_quantized.stride(), grad_x.data_ptr()]
@@ -149,3 +155,75 @@ def _common(x: Tensor, indices: Tensor, thresholds: Tensor, slopes: Tensor) -> l
     (heads, rows, dim), padded = x.shape, thresholds.shape[1]
     head, row, _ = x.stride()
     return [x.data_ptr(), head, row, indices.data_ptr(), rows, dim, padded, heads, slopes.data_ptr()]
+
+
+class Plan(NamedTuple):
+    """What all calls of one shape have in common; the arrays are without the addresses of a call."""
+
+    forward: Any
+    backward: Any
+    indices: Tensor  # like those of a call: zeros that share one entry
+    kernel: Any
+    kernel_backward: Any
+    tasks: int
+    work: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(shape: torch.Size, dtype: torch.dtype, levels: tuple[int, ...], rounding: int) -> Plan:
+    """For contiguous x."""
+    dim, rows = len(levels), shape.numel() // len(levels)
+    thresholds, codes, slopes, steps = tables(levels, rounding, dtype, torch.device("cpu"))
+    common = (0, 0, 0, 0, dim, 0, rows, dim, thresholds.shape[1], 1, slopes.data_ptr())
+    constants = thresholds.data_ptr(), codes.data_ptr(), steps.data_ptr(), 0, nan_and_zero(dtype).data_ptr()
+    return Plan(
+        Parameters(*common, *constants), Parameters(*common, 0, 0, dim, 1, 0),
+        torch.zeros((), dtype=torch.int64, device="cpu").expand(shape[:-1]), compiled(_quantize, dtype),
+        compiled(_backward, dtype), -(-rows // CHUNK), rows * sum(levels),
+    )  # fmt: skip
+
+
+def quantize(x: Tensor, levels: tuple[int, ...], rounding: int) -> tuple[Tensor, Tensor]:
+    """The operator without the dispatcher, for x (..., D) that is plain."""
+    plan = _plan(x.shape, x.dtype, levels, rounding)
+    if x.requires_grad and torch.is_grad_enabled():
+        return apply(Quantize, x, plan, levels, rounding)  # type: ignore[no-any-return]
+    return _forward_in_one_call(x.contiguous(), plan)
+
+
+def _forward_in_one_call(x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    quantized, indices = empty_like(x), torch.empty_like(plan.indices, memory_format=torch.contiguous_format)
+    array = Parameters.from_buffer_copy(plan.forward)
+    array[2], array[5], array[14] = x.data_ptr(), indices.data_ptr(), quantized.data_ptr()
+    run(plan.kernel, ctypes.addressof(array), plan.tasks, plan.work)
+    return quantized, indices
+
+
+class Quantize(torch.autograd.Function):
+    """x (..., D) -> quantized, indices."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: Plan, levels: tuple[int, ...], rounding: int) -> tuple[Tensor, Tensor]:
+        quantized, indices = _forward_in_one_call(x.contiguous(), plan)
+        ctx.plan, ctx.options = plan, (levels, rounding)
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, indices)
+        return quantized, indices
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        x, indices = ctx.saved_tensors
+        if is_ordinary(grad):
+            grad_x, array = empty_like(x), Parameters.from_buffer_copy(ctx.plan.backward)
+            x, indices, grad = x.contiguous(), indices.contiguous(), grad.contiguous()
+            array[2], array[5], array[11], array[15] = (t.data_ptr() for t in (x, indices, grad, grad_x))
+            run(ctx.plan.kernel_backward, ctypes.addressof(array), ctx.plan.tasks, 16 * x.numel())
+        else:
+            rows = (1, -1, x.shape[-1])
+            grad_x = op.finite_scalar_quantize_backward(
+                x.reshape(rows), indices.reshape(1, -1), grad.reshape(rows), *ctx.options, "numba"
+            ).reshape(x.shape)
+        return grad_x, None, None, None

@@ -13,7 +13,7 @@ from lamkernels.ops.registration import register, register_backward, register_gr
 finite_scalar_quantize = register(
     "finite_scalar_quantize",
     "finite_scalar_quantize",
-    "(Tensor x, int[] levels, bool symmetric, str backend) -> (Tensor, Tensor)",
+    "(Tensor x, int[] levels, int rounding, str backend) -> (Tensor, Tensor)",
     lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.int64)),
 )
 
@@ -21,20 +21,20 @@ finite_scalar_quantize = register(
 finite_scalar_quantize_backward = register_backward(
     "finite_scalar_quantize_backward",
     "finite_scalar_quantize",
-    "(Tensor x, Tensor indices, Tensor grad_quantized, int[] levels, bool symmetric, str backend) -> Tensor",
+    "(Tensor x, Tensor indices, Tensor grad_quantized, int[] levels, int rounding, str backend) -> Tensor",
     lambda x, *_: x.new_empty(x.shape),
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, ctx.levels, ctx.symmetric, ctx.backend = inputs
+    x, ctx.levels, ctx.rounding, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1])
 
 
 def _backward(ctx: Any, grad_quantized: Tensor, _indices: None) -> tuple[Tensor | None, ...]:
     x, indices = ctx.saved_tensors
-    grad_x = finite_scalar_quantize_backward(x, indices, grad_quantized, ctx.levels, ctx.symmetric, ctx.backend)
+    grad_x = finite_scalar_quantize_backward(x, indices, grad_quantized, ctx.levels, ctx.rounding, ctx.backend)
     return grad_x, None, None, None
 
 

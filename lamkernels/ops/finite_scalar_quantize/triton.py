@@ -88,10 +88,10 @@ def finite_scalar_quantize_bwd_kernel(
     store_rows(grad_x + head * out_h + first * DIM, left, grad.to(grad_x.dtype.element_ty), DIM, BN, BD)
 
 
-def finite_scalar_quantize(x: Tensor, levels: list[int], symmetric: bool) -> tuple[Tensor, Tensor]:
+def finite_scalar_quantize(x: Tensor, levels: list[int], rounding: int) -> tuple[Tensor, Tensor]:
     """See :func:`lamkernels.finite_scalar_quantize`. ``x`` (H, N, D)."""
     x, (heads, rows, dim) = unit_inner(x), x.shape
-    thresholds, codes, _, strides = _columns(tuple(levels), symmetric, x.dtype, x.device)
+    thresholds, codes, _, strides = _columns(tuple(levels), rounding, x.dtype, x.device)
     quantized, indices = x.new_empty(x.shape), x.new_empty((heads, rows), dtype=torch.int64)
     tile = tuning.scalars(tuning.target_of(x.device), dim)
     tiles = triton.cdiv(rows, tile.rows)
@@ -106,11 +106,11 @@ def finite_scalar_quantize(x: Tensor, levels: list[int], symmetric: bool) -> tup
 
 
 def finite_scalar_quantize_backward(
-    x: Tensor, indices: Tensor, grad_quantized: Tensor, levels: list[int], symmetric: bool
+    x: Tensor, indices: Tensor, grad_quantized: Tensor, levels: list[int], rounding: int
 ) -> Tensor:
     """grad_x (H, N, D) in the dtype of x; see the reference for the formula."""
     x, (heads, rows, dim) = unit_inner(x), x.shape
-    _, _, slopes, _ = _columns(tuple(levels), symmetric, x.dtype, x.device)
+    _, _, slopes, _ = _columns(tuple(levels), rounding, x.dtype, x.device)
     grad_x, tile = x.new_empty(x.shape), tuning.scalars(tuning.target_of(x.device), dim)
     tiles = triton.cdiv(rows, tile.rows)
     if heads * tiles:
@@ -124,7 +124,7 @@ def finite_scalar_quantize_backward(
 
 
 @functools.cache
-def _columns(levels: tuple[int, ...], symmetric: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+def _columns(levels: tuple[int, ...], rounding: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """The tables of the levels, thresholds and codes transposed: a thread reads those of its columns side by side."""
-    thresholds, codes, slopes, strides = tables(levels, symmetric, dtype, device)
+    thresholds, codes, slopes, strides = tables(levels, rounding, dtype, device)
     return thresholds.t().contiguous(), codes.t().contiguous(), slopes, strides

@@ -21,7 +21,9 @@ from lamkernels.ops.triton_common import (
     Arithmetic,
     arithmetic,
     chosen_score,
+    doubt,
     first_entries,
+    is_doubtful,
     must_scan,
     nearest_resident,
     on_device,
@@ -34,6 +36,8 @@ from lamkernels.ops.triton_common import (
     unit_scales,
 )
 
+SCANNED = 32  # rows that are decided in fp64 at a time
+
 
 @triton.jit
 def nearest_code_resident_kernel(
@@ -41,53 +45,76 @@ def nearest_code_resident_kernel(
     dim: tl.constexpr, x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor, c_k: tensor,
     tiles: tensor, programs: tensor,
     L2: tl.constexpr, COSINE: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
-    DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
 ) -> None:  # fmt: skip
     head = (tl.program_id(0) // programs).to(tl.int64)
     codebook += head * c_h
     centre, half_norm, limit = resident_norms(codebook, c_k, num_codes, dim, L2, CENTRE, BK, BD)
     d = tl.arange(0, BD)
+    found = tl.zeros([BN, BD], tl.int32) if L2 else tl.zeros([BN], tl.int32)
+    # without a loop inside, so that the next tiles are on their way while one is worked on
     for tile in range(tl.program_id(0) % programs, tiles, programs):
         row = tl.cast(tile, tl.int64) * BN + tl.arange(0, BN)
         present = row < num_rows
         rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
         entries = tl.load(rows[:, None] + d[None, :] * x_d, mask=present[:, None] & (d < dim)[None, :], other=0.0)
-        index, scan = nearest_resident(
-            entries, codebook, c_k, num_codes, dim, centre, half_norm, limit, L2, CENTRE, NATIVE, DOT, BK, BD
-        )
-        again = present & (row < 0)
-        if scan:
-            again = present & rows_to_scan(entries, centre, limit, dim, L2, CENTRE)
+        found = tl.maximum(found, doubt(entries, centre, limit, dim, L2, CENTRE))
+        index = nearest_resident(entries, codebook, c_k, dim, centre, half_norm, CENTRE, NATIVE, DOT, BK, BD)
         store_nearest(
-            index, again, scan, rows, x_d, row, present, codebook, c_k, indices + head * num_rows,
-            distance + head * num_rows, num_codes, dim, L2, COSINE, DISTANCE, BN, 16, BD,
+            index, rows, x_d, row, present, codebook, c_k, indices + head * num_rows, distance + head * num_rows, dim,
+            L2, COSINE, DISTANCE, BN, BD,
         )  # fmt: skip
+    if is_doubtful(found, limit, L2):
+        tl.debug_barrier()  # what follows overwrites what other threads have stored
+        for tile in range(tl.program_id(0) % programs, tiles, programs):
+            for part in range(0, BN, BS):
+                row = tl.cast(tile, tl.int64) * BN + part + tl.arange(0, BS)
+                present = row < num_rows
+                rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
+                entries = tl.load(
+                    rows[:, None] + d[None, :] * x_d, mask=present[:, None] & (d < dim)[None, :], other=0.0
+                )
+                again = present & rows_to_scan(entries, centre, limit, dim, L2, CENTRE)
+                decide_exactly(
+                    rows, x_d, row, again, codebook, c_k, indices + head * num_rows, distance + head * num_rows,
+                    num_codes, dim, L2, COSINE, DISTANCE, BS, BD,
+                )  # fmt: skip
 
 
 @triton.jit
 def store_nearest(
-    index: tensor, again: tensor, scan: tensor, rows: tensor, step: tensor, row: tensor, present: tensor,
-    codebook: tensor, stride: tensor, indices: tensor, distance: tensor, num_codes: tensor, dim: tensor,
-    L2: tl.constexpr, COSINE: tl.constexpr, DISTANCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BD: tl.constexpr,
+    index: tensor, rows: tensor, step: tensor, row: tensor, present: tensor, codebook: tensor, stride: tensor,
+    indices: tensor, distance: tensor, dim: tensor,
+    L2: tl.constexpr, COSINE: tl.constexpr, DISTANCE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Decides the rows marked ``again`` in fp64, if ``scan`` says that there may be some, then stores the index and,
-    where asked for, the score of each row.
-    """
-    best = tl.zeros([BN], tl.float64)
-    if scan:
-        scanned, best = scan_exactly(rows, step, again, codebook, stride, num_codes, dim, L2, BN, BK)
-        index = tl.where(again, scanned, index)
+    """Stores the index and, where asked for, the score of each row that is present."""
     tl.store(indices + row, index.to(tl.int64), mask=present)
     if DISTANCE:
         score = chosen_score(rows, step, tl.where(present, index, -1), codebook, stride, dim, L2, BN, BD)
-        if not L2:
-            best = -best
-        score = tl.where(again, best.to(tl.float32), score)
         if COSINE:
             first, second = unit_scales(rows, step, present & (index >= 0), dim, tl.float32, BN, BD)
             score = score * first * second
         tl.store(distance + row, tl.where(index >= 0, score, float("nan")), mask=present)
+
+
+@triton.jit
+def decide_exactly(
+    rows: tensor, step: tensor, row: tensor, wanted: tensor, codebook: tensor, stride: tensor, indices: tensor,
+    distance: tensor, num_codes: tensor, dim: tensor,
+    L2: tl.constexpr, COSINE: tl.constexpr, DISTANCE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+) -> None:  # fmt: skip
+    """As :func:`store_nearest`, of the wanted rows by a scan in fp64."""
+    if tl.max(wanted.to(tl.int32), axis=0) > 0:
+        index, best = scan_exactly(rows, step, wanted, codebook, stride, num_codes, dim, L2, BN, 16)
+        tl.store(indices + row, index.to(tl.int64), mask=wanted)
+        if DISTANCE:
+            if not L2:
+                best = -best
+            score = best.to(tl.float32)
+            if COSINE:
+                first, second = unit_scales(rows, step, wanted & (index >= 0), dim, tl.float32, BN, BD)
+                score = score * first * second
+            tl.store(distance + row, tl.where(index >= 0, score, float("nan")), mask=wanted)
 
 
 @triton.jit
@@ -97,6 +124,7 @@ def nearest_code_streamed_kernel(
     x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor, c_k: tensor, tiles: tensor,
     L2: tl.constexpr, COSINE: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr, DOT: tl.constexpr,
     DISTANCE: tl.constexpr, ONE_CHUNK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    BS: tl.constexpr,
 ) -> None:  # fmt: skip
     head = (tl.program_id(0) // tiles).to(tl.int64)
     row = (tl.program_id(0) % tiles).to(tl.int64) * BN + tl.arange(0, BN)
@@ -106,11 +134,14 @@ def nearest_code_streamed_kernel(
     half_norm += head * padded_codes
     centre += head * padded_dim
     bound = tl.load(limit + head)
-    largest = tl.zeros([BN], tl.float32)
-    for start in range(0, dim, BD):
-        entry = centred_rows(rows, x_d, present, centre, start, dim, CENTRE, False, BD).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.where(tl.abs(entry) <= bound, tl.abs(entry), float("inf")), axis=1))
-    again = must_scan(largest, bound, dim, L2)
+    if L2:
+        found = tl.zeros([BN, BD], tl.int32)
+        for start in range(0, dim, BD):
+            entry = centred_rows(rows, x_d, present, centre, start, dim, CENTRE, False, BD)
+            found = tl.maximum(found, entry.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    else:
+        found = scanned_rows(rows, x_d, present, centre, bound, dim, L2, CENTRE, BN, BD).to(tl.int32)
+    doubtful = is_doubtful(found, bound, L2)
     best = tl.full([BN], float("inf"), tl.float32)
     index = tl.full([BN], -1, tl.int32)
     entry = centred_rows(rows, x_d, present, centre, 0, dim, CENTRE, NATIVE, BD)  # [BN, BD]
@@ -132,11 +163,33 @@ def nearest_code_streamed_kernel(
         better = tile_best < best
         index = tl.where(better, tile_index, index)
         best = tl.where(better, tile_best, best)
-    again = again & present
     store_nearest(
-        index, again, tl.max(again.to(tl.int32), axis=0) > 0, rows, x_d, row, present, codebook + head * c_h, c_k,
-        indices + head * num_rows, distance + head * num_rows, num_codes, dim, L2, COSINE, DISTANCE, BN, 16, BD,
+        index, rows, x_d, row, present, codebook + head * c_h, c_k, indices + head * num_rows,
+        distance + head * num_rows, dim, L2, COSINE, DISTANCE, BN, BD,
     )  # fmt: skip
+    if doubtful:
+        tl.debug_barrier()  # what follows overwrites what other threads have stored
+        for part in range(0, BN, BS):
+            some = (tl.program_id(0) % tiles).to(tl.int64) * BN + part + tl.arange(0, BS)
+            few = first_entries(x + head * x_h, some, x_b, x_l, x_n)
+            again = (some < num_rows) & scanned_rows(few, x_d, some < num_rows, centre, bound, dim, L2, CENTRE, BS, BD)
+            decide_exactly(
+                few, x_d, some, again, codebook + head * c_h, c_k, indices + head * num_rows,
+                distance + head * num_rows, num_codes, dim, L2, COSINE, DISTANCE, BS, BD,
+            )  # fmt: skip
+
+
+@triton.jit
+def scanned_rows(
+    rows: tensor, step: tensor, present: tensor, centre: tensor, limit: tensor, dim: tensor,
+    L2: tl.constexpr, CENTRE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+) -> tensor:  # fmt: skip
+    """Whether fp32 must not decide each row [BN], of any length."""
+    largest = tl.zeros([BN], tl.float32)
+    for start in range(0, dim, BD):
+        size = tl.abs(centred_rows(rows, step, present, centre, start, dim, CENTRE, False, BD).to(tl.float32))
+        largest = tl.maximum(largest, tl.max(tl.where(size <= limit, size, float("inf")), axis=1))
+    return must_scan(largest, limit, dim, L2)
 
 
 @triton.jit
@@ -198,11 +251,12 @@ def nearest_code(
             )  # fmt: skip
         elif tile is not None:
             tiles = triton.cdiv(rows, tile.rows)
-            programs = min(tiles, persistent_programs(x.device))
+            share = persistent_programs(x.device) * tuning.programs(tile) // tuning.PROGRAMS
+            programs = min(tiles, max(1, share))
             nearest_code_resident_kernel[(heads * programs,)](
                 x, codebook, indices, distance, *sizes, *strides, tiles, programs, metric == "l2",
                 metric == "cosine", how.centre, how.native, how.dot, return_distance, tile.rows, tile.codes, tile.dim,
-                **tile.options(),
+                min(tile.rows, SCANNED), **tile.options(),
             )  # fmt: skip
         else:
             _streamed(x, codebook, indices, distance, strides, metric, how)
@@ -216,10 +270,12 @@ def _streamed(
     (heads, rows), (num_codes, dim) = indices.shape, codebook.shape[1:]
     product = x.dtype if how.native else torch.float32
     tile = tuning.streamed(tuning.target_of(x.device), num_codes, dim, product, apart=strides[4] != 1)
+    precision = "tf32x3" if how.dot == "split" else how.dot
     ready = ready_codebook(codebook, tile, metric == "l2", how.centre, product)
     tiles = triton.cdiv(rows, tile.rows)
     nearest_code_streamed_kernel[(heads * tiles,)](
         x, codebook, *ready, indices, distance, rows, num_codes, dim, *ready.codes.shape[1:],
         *strides, tiles, metric == "l2", metric == "cosine", how.centre, how.native,
-        how.dot, distance.numel() > 0, dim <= tile.dim, tile.rows, tile.codes, tile.dim, **tile.options(),
+        precision, distance.numel() > 0, dim <= tile.dim, tile.rows, tile.codes, tile.dim, min(tile.rows, SCANNED),
+        **tile.options(),
     )  # fmt: skip

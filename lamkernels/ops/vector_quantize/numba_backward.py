@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import struct
-
 import numpy as np
 import torch
 from numba import carray, njit
@@ -13,7 +10,7 @@ from torch import Tensor
 from lamkernels.ops.code_statistics.numba import sum_rows
 from lamkernels.ops.constants import COSINE_EPS, ROTATION_EPS
 from lamkernels.ops.nearest_code.numba import FLAGS, elements, gather_rows, inverse_norm, row_strides
-from lamkernels.ops.parallel import compiled, empty, launch
+from lamkernels.ops.parallel import bits, compiled, empty, launch
 from lamkernels.ops.simd import at, computed_type, fetch_add, narrow, stored_type, widen, words
 
 # int64 parameters of the backward: 2 x, 3 head stride, 4 row stride, 5 codes (H, N, D), 6 indices (H, N), of
@@ -27,13 +24,6 @@ BACKWARD = 31
 BACKWARD_CHUNK = 1 << 16  # entries of x in a task
 GATHERED = 1 << 12  # entries of x that are gathered at a time
 MAX_PULLED = 1 << 13  # entries of a codebook whose pulls a task sums by itself
-
-
-@functools.lru_cache
-def bits(number: float) -> int:
-    """Those of a number as fp64, as an int64 parameter."""
-    (found,) = struct.unpack("q", struct.pack("d", number))
-    return int(found)
 
 
 @njit(**FLAGS)

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamkernels.eager import is_plain
+from lamkernels.eager import apply, is_ordinary
 from lamkernels.ops.code_statistics.numba import sum_rows
-from lamkernels.ops.nearest_code.numba import LOOKUP, row_strides
-from lamkernels.ops.parallel import HUGE, MIN_WORK_PER_THREAD, empty, run
+from lamkernels.ops.nearest_code.numba import LOOKUP, Strides, row_strides
+from lamkernels.ops.parallel import MIN_WORK_PER_THREAD, ZERO, bits, empty_like, run
 from lamkernels.ops.vector_quantize.numba import QUANTIZE
-from lamkernels.ops.vector_quantize.numba_backward import LOSS_WEIGHTS, bits
+from lamkernels.ops.vector_quantize.numba_backward import LOSS_WEIGHTS
 from lamkernels.ops.vector_quantize.numba_plan import (
     AVERAGES,
     CODEBOOK_LOSS,
@@ -35,6 +35,7 @@ from lamkernels.ops.vector_quantize.op import vector_quantize_backward
 
 __all__ = ["plan", "quantize", "row_strides", "train_step", "weighted_step"]
 
+CODES, RESIDUAL_SUMS = LOOKUP + 15, LOOKUP + 10
 KEPT = 1 << 20  # bytes of scratch that a thread keeps for its next call
 
 
@@ -81,10 +82,11 @@ def forward(
         settings: parameters that this call has beyond the plan, by their place.
 
     Returns:
-        quantized, indices, the codes where they are not ``quantized``, and how many rows are in.
+        quantized, indices, the codes where they are not ``quantized`` and have no place in ``settings``, and how many
+        rows are in.
     """
     (rows, mask, noise), stored, codes = extras, x.dtype, None
-    quantized, indices = empty_as(x), torch.empty_like(plan.indices, memory_format=torch.contiguous_format)
+    quantized, indices = empty_like(x), torch.empty_like(plan.indices, memory_format=torch.contiguous_format)
     stored_codes = codebook if stored == codebook.dtype else codebook.to(stored)
     taken = scratch.take(plan.scratch)
     base = taken[1]
@@ -94,8 +96,10 @@ def forward(
     if mask is not None:
         array[LOOKUP + 3] = mask.data_ptr()
     if noise is not None:
-        codes = empty_as(x)
-        array[LOOKUP + 14], array[LOOKUP + 15] = noise.data_ptr(), codes.data_ptr()
+        array[LOOKUP + 14] = noise.data_ptr()
+        if CODES not in settings:
+            codes = empty_like(x)
+            array[CODES] = codes.data_ptr()
     array[LOOKUP + 8], array[LOOKUP + 9], array[LOOKUP + 10], loss = (
         base + at if tensor is None else tensor.data_ptr() for tensor, at in zip(wanted, plan.unwanted, strict=True)
     )
@@ -125,14 +129,6 @@ def averages_in(sizes: Tensor, code_sums: Tensor, codebook: Tensor) -> dict[int,
     return {AVERAGES + i: buffer.data_ptr() for i, buffer in enumerate(buffers)}
 
 
-def empty_as(x: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor of the shape and dtype of x, in huge pages where it is large."""
-    return empty(x.shape, x.dtype) if x.nbytes >= HUGE else torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-ZERO = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
-
-
 def empty_loss(codebook: Tensor) -> Tensor:
     """Room for a number () in the dtype of the codebook."""
     return torch.empty_like(ZERO[codebook.dtype])
@@ -159,16 +155,12 @@ def weighted_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """quantized, indices (0 where a row is not finite) and the weighted sum of the commitment and codebook loss.
 
-    x is contiguous, of any shape whose entries are those of the planned rows, or has them in ``rows``.
+    x is contiguous, of any shape whose entries are those of the planned rows, or has them in ``rows``; (b, D, ...) for
+    a plan of :func:`plan_of_channels`.
     """
     if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
         return apply(WeightedStep, x, codebook, plan, rows, weights)  # type: ignore[no-any-return]
     return _weighted_step(x, codebook, plan, rows, weights)[0]
-
-
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply`` without its search for function transforms, of which there are none here: see `is_plain`."""
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def _quantize(x: Tensor, codebook: Tensor, plan: Plan, extras: Extras) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -201,6 +193,14 @@ def _weighted_step(
     )
     visible = visible_indices(indices, rows_in)
     return (quantized, visible, loss), (indices, residual_sums, rows_in)
+
+
+def plan_of_channels(shape: torch.Size, dtype: torch.dtype, codes: torch.Size) -> Plan | None:
+    """For contiguous x (b, D, ...) and a codebook (K, D) of its dtype: quantized is laid out as x."""
+    batch, dim, places = shape[0], shape[1], shape[2:].numel()
+    strides = Strides(batch * dim * places, 1, places, dim * places, places)
+    rows = torch.Size((batch, places, dim))
+    return plan(rows, strides, dtype, codes, dtype, "l2", "default", "ste", None, True)
 
 
 class Quantize(torch.autograd.Function):
@@ -276,17 +276,13 @@ def gradient(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Of x and of the codebook; ``weights`` of the two losses."""
     grads, saved = (grad_quantized, grad_commitment, grad_codebook_loss), ctx.saved_tensors
-    if is_ordinary(*grads) and _lie_as_planned(ctx.plan, *saved):
+    apart = ctx.plan.as_x and ctx.rows_in < ctx.plan.indices.numel()
+    if is_ordinary(*grads) and not apart and _lie_as_planned(ctx.plan, *saved):
         return _in_one_call(ctx, saved, *grads, weights)
     losses = (
         grad if grad is None or weight == 1 else grad * weight for grad, weight in zip(grads[1:], weights, strict=True)
     )
-    return _by_operator(ctx, saved, grad_quantized, *losses)
-
-
-def is_ordinary(*grads: Tensor | None) -> bool:
-    """Not where the operator is needed: it refuses second derivatives, and has a batching rule."""
-    return not torch.is_grad_enabled() and is_plain(*[grad for grad in grads if grad is not None])
+    return by_operator(ctx, saved, grad_quantized, *losses)
 
 
 def _lie_as_planned(plan: Plan, x: Tensor, rows: Tensor | None, *others: Tensor | None) -> bool:
@@ -297,15 +293,19 @@ def _lie_as_planned(plan: Plan, x: Tensor, rows: Tensor | None, *others: Tensor 
     return x.is_contiguous() if rows is None else row_strides(rows) == plan.strides
 
 
-def _by_operator(
+def by_operator(
     ctx: Any,
     saved: Any,
     grad_quantized: Tensor | None,
     grad_commitment: Tensor | None,
     grad_codebook_loss: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
+    """:func:`gradient` by the registered operator, of what :class:`Quantize` saves."""
     x, _, codes, indices, residual_sums, noise = saved
     heads, dim = ctx.plan.heads, ctx.plan.dim
+    if ctx.plan.as_x:
+        x, codes = x.movedim(1, -1), codes.movedim(1, -1)
+        grad_quantized = None if grad_quantized is None else grad_quantized.movedim(1, -1)
     sums = x.new_zeros((heads, 1, dim), dtype=ctx.computed) if residual_sums is None else residual_sums
     grad_x, grad_codebook = vector_quantize_backward(
         x.reshape(heads, -1, dim), codes.reshape(heads, -1, dim), indices.reshape(heads, -1),
@@ -314,7 +314,9 @@ def _by_operator(
         _of_heads(grad_commitment, heads, ctx.computed).reshape(heads),
         _of_heads(grad_codebook_loss, heads, ctx.computed).reshape(heads), *ctx.plan.options, "numba",
     )  # fmt: skip
-    return grad_x.reshape(x.shape), None if residual_sums is None else grad_codebook.reshape(residual_sums.shape)
+    grad_x = grad_x.reshape(x.shape)
+    grad_x = grad_x.movedim(-1, 1) if ctx.plan.as_x else grad_x
+    return grad_x, None if residual_sums is None else grad_codebook.reshape(residual_sums.shape)
 
 
 def _in_one_call(
@@ -327,7 +329,7 @@ def _in_one_call(
 ) -> tuple[Tensor, Tensor | None]:
     x, rows, codes, indices, residual_sums, noise = saved
     plan, dim = ctx.plan, ctx.plan.dim
-    grad_x, grad_codebook, pull = empty_as(x), None, None
+    grad_x, grad_codebook, pull = empty_like(x), None, None
     array = BackwardArray.from_buffer_copy(plan.backward)
     array[2], array[5], array[6] = (x if rows is None else rows).data_ptr(), codes.data_ptr(), indices.data_ptr()
     if grad_quantized is not None:

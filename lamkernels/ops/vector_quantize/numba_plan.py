@@ -22,10 +22,10 @@ from lamkernels.ops.nearest_code.numba import (
     prepare_heads,
     sizes_of,
 )
-from lamkernels.ops.parallel import compiled, entry
-from lamkernels.ops.simd import computed_type, stored_type, words
+from lamkernels.ops.parallel import bits, compiled, entry
+from lamkernels.ops.simd import computed_type, narrow, stored_type, widen, words
 from lamkernels.ops.vector_quantize.numba import QUANTIZE, nan_and_zero, quantize_chunks, sums_by_chunk
-from lamkernels.ops.vector_quantize.numba_backward import BACKWARD, BACKWARD_CHUNK, backward, bits, pulls_in_task
+from lamkernels.ops.vector_quantize.numba_backward import BACKWARD, BACKWARD_CHUNK, backward, pulls_in_task
 from lamkernels.validation import GRADIENTS, PRECISIONS
 
 # The parameters behind those of the quantisation: 0 and 1 where the two losses over all heads go, which may be one
@@ -35,10 +35,11 @@ from lamkernels.validation import GRADIENTS, PRECISIONS
 # the bits of what the first loss is multiplied by, as fp64, 12 whether the EMA is LAPO's, 13 where the perplexity () of
 # the codes, summed over the heads, goes or 0, 14 for each code of one head an int32 (K,) or 0: +1 where it is chosen,
 # 15 such a number in the computed type or 0: +1 for each group of as many rows as 16 says in which the code is chosen
-ONE_CALL = QUANTIZE + 17
+# 17 and 18: x is made first, the second of these less the first, or 0 where x is there
+ONE_CALL = QUANTIZE + 19
 CODEBOOK_LOSS, LOSS_WEIGHT = QUANTIZE + 1, QUANTIZE + 11
 AVERAGES, LAPO_AVERAGES = QUANTIZE + 6, QUANTIZE + 12
-PERPLEXITY, CALLS_USED, GROUPS_USED = QUANTIZE + 13, QUANTIZE + 14, QUANTIZE + 15
+PERPLEXITY, CALLS_USED, GROUPS_USED, SUBTRACTED = QUANTIZE + 13, QUANTIZE + 14, QUANTIZE + 15, QUANTIZE + 17
 SCRATCH = (7, LOOKUP + 5, LOOKUP + 6, LOOKUP + 7, LOOKUP + 11, LOOKUP + 12, LOOKUP + 13)
 
 
@@ -50,6 +51,8 @@ def _one_call(p, stored, computed):
             a[place] += a[QUANTIZE + 3]
         prepare_heads(p, computed)
         a[0] = 0
+        if a[SUBTRACTED] != 0:
+            _subtract(a, stored)
     if a[QUANTIZE + 5] == 0 or not quantize_chunks(p, stored, computed):
         return
     rows_in = elements(a[LOOKUP + 13], 0, a[18], np.int64(0))
@@ -73,6 +76,15 @@ def _one_call(p, stored, computed):
         _update_averages(a, computed)
     if a[GROUPS_USED] != 0:
         _count_groups(a, computed)
+
+
+@njit(**FLAGS)
+def _subtract(a, stored):
+    size = a[18] * a[8] * a[10]
+    x, first = elements(a[2], 0, size, stored), elements(a[SUBTRACTED], 0, size, stored)
+    last = elements(a[SUBTRACTED + 1], 0, size, stored)
+    for i in range(size):
+        x[i] = narrow(widen(last[i]) - widen(first[i]), stored)
 
 
 @njit(**FLAGS)
@@ -184,6 +196,7 @@ class Plan(NamedTuple):
     dim: int
     pulls: bool  # whether the backward sums by itself what noise sends to the codes
     options: tuple[str, str]  # metric and gradient
+    as_x: bool  # as of plan
 
 
 @functools.lru_cache(maxsize=1024)
@@ -203,7 +216,8 @@ def plan(
         precision: as for the operator.
         gradient: as for the operator.
         averaging: the decay and the ε of an EMA update.
-        as_x: x is contiguous, its rows are not, and ``quantized`` is laid out as x.
+        as_x: x is contiguous, its rows are not, and ``quantized`` is laid out as x. The backward is for
+            gradient="ste" with all rows in.
 
     Returns:
         None for what the other path refuses or does better: options and shapes that do not fit, half-precision
@@ -238,9 +252,11 @@ def plan(
         ),
         0, 0, size, 0, nan_and_zero(stored).data_ptr(), at["partial sums"], at["partial counts"], at["partial losses"],
         0, 0, 0, at["losses"], at["losses"], at["rows in"], 0, 0, 0, as_x,
-        0, 0, 0, 0, 1, 1, 0, 0, 0, bits(decay), bits(eps), bits(1.0), 0, 0, 0, 0, 0,
+        0, 0, 0, 0, 1, 1, 0, 0, 0, bits(decay), bits(eps), bits(1.0), 0, 0, 0, 0, 0, 0, 0,
     )  # fmt: skip
     chunk = max(1, BACKWARD_CHUNK // dim)
+    if as_x:  # the straight-through backward goes entry by entry: rows of memory will do
+        laid = Strides(rows * dim, dim)
     backward_array = BackwardArray(
         0, 0, 0, laid.head, laid.row, 0, 0, 0, rows, 0, dim, 0, 0, 0, 0, 0, 0, 0, 0, 0, heads, chunk, 0, 0,
         metric == "cosine", gradient == "rotation", laid.group, laid.group_stride, laid.entry, bits(1.0), bits(1.0),
@@ -252,5 +268,5 @@ def plan(
         forward, backward_array, scratch, unwanted, tasks, heads * rows * num_codes * dim,
         kernel, entry(kernel), kernel_backward, entry(kernel_backward),
         heads * (-(-rows // chunk) + 1), strides, indices, heads, dim,
-        pulls_in_task(rows, num_codes, dim, metric), (metric, gradient),
+        pulls_in_task(rows, num_codes, dim, metric), (metric, gradient), as_x,
     )  # fmt: skip

@@ -12,20 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamkernels.eager import apply, is_ordinary
 from lamkernels.ops.nearest_code.numba import Strides
-from lamkernels.ops.parallel import run
+from lamkernels.ops.parallel import ZERO, bits, empty_like, run
 from lamkernels.ops.vector_quantize.numba import THROUGH
-from lamkernels.ops.vector_quantize.numba_backward import BACKWARD_CHUNK, LOSS_WEIGHTS, bits
+from lamkernels.ops.vector_quantize.numba_backward import BACKWARD_CHUNK, LOSS_WEIGHTS
 from lamkernels.ops.vector_quantize.numba_one_call import (
+    CODES,
     NOTHING,
-    ZERO,
-    apply,
+    RESIDUAL_SUMS,
     averages_in,
-    empty_as,
+    by_operator,
     empty_loss,
     forward,
-    gradient,
-    is_ordinary,
     visible_indices,
 )
 from lamkernels.ops.vector_quantize.numba_plan import (
@@ -34,6 +33,7 @@ from lamkernels.ops.vector_quantize.numba_plan import (
     LAPO_AVERAGES,
     LOSS_WEIGHT,
     PERPLEXITY,
+    SUBTRACTED,
     BackwardArray,
     Plan,
     plan,
@@ -54,25 +54,51 @@ class NoiseStep(torch.autograd.Function):
     def forward(
         ctx: Any, last: Tensor, codebook: Tensor, first: Tensor, plan: Plan, noise: Tensor, used: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x, residual_sums, perplexity = last - first, torch.empty_like(codebook), empty_loss(codebook)
-        settings = {PERPLEXITY: perplexity.data_ptr(), CALLS_USED: used.data_ptr()}
-        quantized, indices, codes, ctx.rows_in = forward(
-            x, codebook, plan, (None, None, noise), (None, None, residual_sums, None), settings
-        )
+        size, perplexity = last.numel(), empty_loss(codebook)
+        # what only the backward reads, in one piece: last − first, the codes of the rows, and the sums of x − code
+        kept = torch.empty(2 * size + codebook.numel(), dtype=last.dtype, device="cpu")
+        at, step = kept.data_ptr(), size * last.itemsize
+        settings = {
+            2: at, CODES: at + step, RESIDUAL_SUMS: at + 2 * step, SUBTRACTED: first.data_ptr(),
+            SUBTRACTED + 1: last.data_ptr(), PERPLEXITY: perplexity.data_ptr(), CALLS_USED: used.data_ptr(),
+        }  # fmt: skip
+        quantized, indices, _, ctx.rows_in = forward(last, codebook, plan, (None, None, noise), NOTHING, settings)
         visible = visible_indices(indices, ctx.rows_in)
-        ctx.plan, ctx.computed = plan, codebook.dtype
+        ctx.plan, ctx.computed, ctx.codes = plan, codebook.dtype, codebook.shape
         ctx.mark_non_differentiable(visible, perplexity)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, None, codes, indices, residual_sums, noise)
+        ctx.save_for_backward(kept, indices, noise)
         return quantized, visible, perplexity
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
         if grad is None:
             return (None,) * 6
-        grad_x, grad_codebook = gradient(ctx, grad, None, None)
-        of_first = -grad_x if grad_x is not None and ctx.needs_input_grad[2] else None
+        grad_codebook: Tensor | None
+        kept, indices, noise = ctx.saved_tensors
+        lie_as_made = kept.is_contiguous() and indices.is_contiguous() and noise.is_contiguous()
+        if lie_as_made and ctx.plan.pulls and ctx.needs_input_grad[1] and grad.is_contiguous() and is_ordinary(grad):
+            grad_x, grad_codebook = _through_noise(ctx, kept, indices, noise, grad)
+        else:
+            size = noise.numel()
+            x, codes, sums = kept[:size].view(noise.shape), kept[size : 2 * size].view(noise.shape), kept[2 * size :]
+            saved = x, None, codes, indices, sums.view(ctx.codes), noise
+            grad_x, grad_codebook = by_operator(ctx, saved, grad, None, None)
+        of_first = -grad_x if ctx.needs_input_grad[2] else None
         return grad_x, grad_codebook, of_first, None, None, None
+
+
+def _through_noise(ctx: Any, kept: Tensor, indices: Tensor, noise: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the codebook, by one call for all rows."""
+    plan, grad_x, grad_codebook = ctx.plan, empty_like(noise), torch.empty(ctx.codes, dtype=ctx.computed, device="cpu")
+    array, at, step = BackwardArray.from_buffer_copy(plan.backward), kept.data_ptr(), noise.nbytes
+    rows_in, nothing = ctypes.c_int64(ctx.rows_in), ZERO[ctx.computed].data_ptr()
+    array[2], array[5], array[6], array[7], array[9] = at, at + step, indices.data_ptr(), grad.data_ptr(), ctx.codes[0]
+    array[11], array[12], array[13], array[14], array[15] = noise.numel(), plan.dim, 1, nothing, nothing
+    array[16], array[17], array[18] = ctypes.addressof(rows_in), at + 2 * step, grad_x.data_ptr()
+    array[19], array[22] = grad_codebook.data_ptr(), noise.data_ptr()
+    plan.call_backward(ctypes.addressof(array))
+    return grad_x, grad_codebook
 
 
 def gradient_step(
@@ -89,7 +115,7 @@ class GradientStep(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, usage: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        through = empty_as(x)
+        through = empty_like(x)
         settings = {THROUGH: through.data_ptr()}
         if usage is not None:
             settings |= {GROUPS_USED: usage.data_ptr(), GROUPS_USED + 1: plan.indices.shape[1:].numel()}
@@ -169,13 +195,13 @@ class MapStep(torch.autograd.Function):
 def _pull_to_codes(ctx: Any, x: Tensor, quantized: Tensor, indices: Tensor, grad: Tensor, grad_loss: Tensor) -> Tensor:
     """grad + 2 · commitment · (x − quantized) / numel · grad_loss: entry by entry, so rows of memory will do."""
     dim = ctx.plan.dim
-    grad_x, rows, chunk = empty_as(x), x.numel() // dim, max(1, BACKWARD_CHUNK // dim)
+    grad_x, rows, chunk = empty_like(x), x.numel() // dim, max(1, BACKWARD_CHUNK // dim)
     array = BackwardArray.from_buffer_copy(ctx.plan.backward)
-    array[2], array[3], array[4], array[5], array[6] = x.data_ptr(), 0, dim, quantized.data_ptr(), indices.data_ptr()
+    array[2], array[5], array[6] = x.data_ptr(), quantized.data_ptr(), indices.data_ptr()
     array[7], array[8], array[9], array[11], array[12], array[13] = grad.data_ptr(), rows, 0, 0, dim, 1
     array[14], array[15] = grad_loss.data_ptr(), ZERO[x.dtype].data_ptr()
     rows_in = ctypes.c_int64(rows)
-    array[16], array[18], array[20], array[26] = ctypes.addressof(rows_in), grad_x.data_ptr(), 1, 0
+    array[16], array[18], array[20] = ctypes.addressof(rows_in), grad_x.data_ptr(), 1
     array[LOSS_WEIGHTS] = bits(ctx.commitment)
     run(ctx.plan.kernel_backward, ctypes.addressof(array), -(-rows // chunk) + 1, 4 * x.numel())
     return grad_x

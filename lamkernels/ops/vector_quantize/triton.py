@@ -26,9 +26,11 @@ from lamkernels.ops.nearest_code.triton import nearest_code
 from lamkernels.ops.triton_common import (
     Arithmetic,
     arithmetic,
+    doubt,
     first_entries,
     fp32_product,
     grouped_sum,
+    is_doubtful,
     nearest_resident,
     on_device,
     persistent_programs,
@@ -54,7 +56,8 @@ def vector_quantize_fwd_kernel(
     x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor, c_k: tensor, m_h: tensor, m_n: tensor,
     tiles: tensor, programs: tensor,
     L2: tl.constexpr, COSINE: tl.constexpr, NOISE: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr,
-    DOT: tl.constexpr, SUM_DOT: tl.constexpr, MASK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    DOT: tl.constexpr, SUM_DOT: tl.constexpr, MASK: tl.constexpr, AHEAD: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """Lookup, output, and per program: residual sums (H, P, K, D), counts (H, P, K), loss and rows (H, P, 2)."""
     head = (tl.program_id(0) // programs).to(tl.int64)
@@ -65,17 +68,23 @@ def vector_quantize_fwd_kernel(
     total = tl.zeros([BK, BD], tl.float32)
     count = tl.zeros([BK], tl.int32)
     loss = tl.zeros([BN], tl.float64)
-    for tile in range(tl.program_id(0) % programs, tiles, programs):
+    start = tl.program_id(0) % programs
+    if AHEAD:
+        coming = rows_of_tile(x + head * x_h, start, num_rows, dim, x_b, x_l, x_n, x_d, BN, BD)
+    for tile in range(start, tiles, programs):
+        if AHEAD:
+            entry = coming
+            coming = rows_of_tile(x + head * x_h, tile + programs, num_rows, dim, x_b, x_l, x_n, x_d, BN, BD)
+        else:
+            entry = rows_of_tile(x + head * x_h, tile, num_rows, dim, x_b, x_l, x_n, x_d, BN, BD)
         row = tl.cast(tile, tl.int64) * BN + tl.arange(0, BN)
         present = row < num_rows
         kept = present
         if MASK:
             kept = present & (tl.load(mask + head * m_h + row * m_n, mask=present, other=0) != 0)
         rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
-        entry = tl.load(rows[:, None] + d[None, :] * x_d, mask=present[:, None] & (d < dim)[None, :], other=0.0)
-        index, scan = nearest_resident(
-            entry, codebook, c_k, num_codes, dim, centre, half_norm, limit, L2, CENTRE, NATIVE, DOT, BK, BD
-        )
+        index = nearest_resident(entry, codebook, c_k, dim, centre, half_norm, CENTRE, NATIVE, DOT, BK, BD)
+        scan = is_doubtful(doubt(entry, centre, limit, dim, L2, CENTRE), limit, L2)
         if scan:
             again = kept & rows_to_scan(entry, centre, limit, dim, L2, CENTRE)
             scanned, _ = scan_exactly(rows, x_d, again, codebook, c_k, num_codes, dim, L2, BN, 16)
@@ -83,15 +92,18 @@ def vector_quantize_fwd_kernel(
         index = tl.where(kept, index, -1)
         tl.store(indices + head * num_rows + row, index.to(tl.int64), mask=present)
         inside = (index >= 0)[:, None] & (d < dim)[None, :]
-        chosen = tl.load(codebook + index.to(tl.int64)[:, None] * c_k + d[None, :], mask=inside, other=0.0)
-        value = tl.where((index >= 0)[:, None], chosen.to(tl.float32), float("nan"))
-        value = tl.where(kept[:, None], value, 0.0).to(quantized.dtype.element_ty)
+        source = codebook + index.to(tl.int64)[:, None] * c_k + d[None, :]
+        chosen = tl.load(source, mask=inside, other=float("nan")).to(tl.float32)
+        value = chosen
+        if MASK:
+            value = tl.where(kept[:, None], value, 0.0)
+        value = value.to(quantized.dtype.element_ty)
         place = (head * num_rows + row)[:, None] * dim + d[None, :]
         wide = entry.to(tl.float32)
         if COSINE:
             first, second = unit_scales(rows, x_d, index >= 0, dim, tl.float32, BN, BD)
             wide = wide * first[:, None] * second[:, None]
-        residual = tl.where(inside, wide - chosen.to(tl.float32), 0.0)
+        residual = tl.where(inside, wide - chosen, 0.0)
         square = tl.sum(residual * residual, axis=1).to(tl.float64)
         if scan:
             square = squared_norm(residual)
@@ -111,6 +123,17 @@ def vector_quantize_fwd_kernel(
     tl.store(part_counts + part, count, mask=k < num_codes)
     tl.store(part_losses + program * 2, tl.sum(loss, axis=0))
     tl.store(part_losses + program * 2 + 1, tl.sum(count, axis=0).to(tl.float64))
+
+
+@triton.jit
+def rows_of_tile(
+    x: tensor, tile: tensor, num_rows: tensor, dim: tl.constexpr, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor,
+    BN: tl.constexpr, BD: tl.constexpr,
+) -> tensor:  # fmt: skip
+    """The entries [BN, BD] of a tile of rows, 0 where there are none."""
+    row, d = tl.cast(tile, tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    rows = first_entries(x, row, x_b, x_l, x_n)
+    return tl.load(rows[:, None] + d[None, :] * x_d, mask=(row < num_rows)[:, None] & (d < dim)[None, :], other=0.0)
 
 
 @triton.jit
@@ -239,7 +262,7 @@ def _fused(
     tile: tuning.Tile, out: Outputs,
 ) -> None:  # fmt: skip
     (heads, rows, dim), num_codes, (x, strides) = out.quantized.shape, codebook.shape[1], rows_in_place(x)
-    tiles = triton.cdiv(rows, tile.rows)
+    target, tiles = tuning.target_of(x.device), triton.cdiv(rows, tile.rows)
     # enough programs that none sums more than so many rows in fp32
     programs = max(1, min(tiles, max(persistent_programs(x.device), triton.cdiv(rows, tuning.ROWS_PER_SUM))))
     parts = x.new_empty((heads, programs, num_codes, dim), dtype=torch.float32)
@@ -249,8 +272,8 @@ def _fused(
         x, codebook, out.indices if mask is None else mask, out.quantized, out.indices, parts, part_counts, part_losses,
         x if noise is None else noise, out.codes, rows, num_codes, dim, *strides, *codebook.stride()[:2],
         *((0, 0) if mask is None else mask.stride()), tiles, programs, metric == "l2", metric == "cosine",
-        noise is not None, how.centre, how.native, how.dot, fp32_product(tuning.target_of(x.device)),
-        mask is not None, tile.rows, tile.codes, tile.dim, **tile.options(),
+        noise is not None, how.centre, how.native, how.dot, fp32_product(target),
+        mask is not None, tuning.loads_ahead(target), tile.rows, tile.codes, tile.dim, **tile.options(),
     )  # fmt: skip
     _merge(parts, part_counts, part_losses, codebook, out, programs, 0)
 
