@@ -11,6 +11,7 @@ constexpr int WIDE = 256, TALL = 128;                    // columns of y and of 
 constexpr int CORE = 128;                                // bytes of 8 × 8 halves
 constexpr int X_BYTES = ROWS / 8 * TALL / 8 * CORE, Y_BYTES = ROWS / 8 * WIDE / 8 * CORE;
 constexpr int STAGE_BYTES = 2 * (X_BYTES + Y_BYTES);     // x high, x low, y high, y low
+constexpr int AHEAD = 32;                                // rows that are brought to L2 before they are read
 constexpr int BARRIERS = 128, TILE = 64;                  // bytes
 
 struct Products {
@@ -102,29 +103,38 @@ __device__ inline Eight load(const float* row, int columns) {
     return entries;
 }
 
-// The high and the low half of (entries - shift) · weight, to 16 bytes each; low² and the values themselves are added up.
+__device__ inline void less_high(const float (&values)[2], unsigned high, float (&rest)[2]) {
+    rest[0] = values[0] - __uint_as_float(high << 16);
+    rest[1] = values[1] - __uint_as_float(high & 0xffff0000u);
+}
+
+// The high and the low half of (entries - shift) · weight, to 16 bytes each; the values themselves are added up, and
+// the products of their low halves with those of the unweighted ones.
 template <bool SUMS>
 __device__ inline void split(const Eight& entries, const float* shift, float weight, bool inside, unsigned char* high,
                              unsigned char* low, float (&sum)[8], float (&square)[8]) {
     Four<unsigned> highs, lows;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        float value[2], rest[2];
+        float plain[2], value[2], rest[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const float entry = entries.at[i / 2].at[i % 2 * 2 + j] - shift[2 * i + j];
-            value[j] = inside ? entry * weight : 0.0f;
+            plain[j] = inside ? entry : 0.0f;
+            value[j] = plain[j] * weight;
         }
         highs.at[i] = two_bf16(value[0], value[1]);
-        rest[0] = value[0] - __uint_as_float(highs.at[i] << 16);
-        rest[1] = value[1] - __uint_as_float(highs.at[i] & 0xffff0000u);
+        less_high(value, highs.at[i], rest);
         lows.at[i] = two_bf16(rest[0], rest[1]);
-        if (SUMS)
+        if (SUMS) {
+            float plain_rest[2];
+            less_high(plain, two_bf16(plain[0], plain[1]), plain_rest);
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 sum[2 * i + j] += value[j];
-                square[2 * i + j] = fmaf(rest[j], rest[j], square[2 * i + j]);
+                square[2 * i + j] = fmaf(rest[j], plain_rest[j], square[2 * i + j]);
             }
+        }
     }
     *(Four<unsigned>*)high = highs;
     *(Four<unsigned>*)low = lows;
@@ -149,6 +159,11 @@ struct Place {
 template <bool DIAGONAL>
 __device__ inline Loaded<DIAGONAL> load_rows(const Products& p, Place& at) {
     Loaded<DIAGONAL> loaded = {};
+    if (!DIAGONAL && at.left > AHEAD) {
+        if (at.x_columns > 0) prefetch(at.x + AHEAD * p.x_n);
+        if (at.y_columns > 0) prefetch(at.y + AHEAD * p.y_n);
+        if (at.y_columns > 128) prefetch(at.y + AHEAD * p.y_n + 128);
+    }
     if (at.left > 0) {
         if (!DIAGONAL) loaded.x = load(at.x, at.x_columns);
         loaded.y[0] = load(at.y, at.y_columns);
@@ -170,7 +185,7 @@ __device__ inline void add_sums(const Products& p, const Tile& tile, float (&val
     for (int i = 0; i < 8; ++i) {
         double sum = values[i];
         for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(ALL, sum, step);
-        if ((int)threadIdx.x % 8 == i && column + i < p.dim) to[tile.split * p.dim + column + i] += sum;
+        if ((int)threadIdx.x % 8 == i && column + i < p.dim) atomicAdd(to + tile.split * p.dim + column + i, sum);
         values[i] = 0;
     }
 }
@@ -238,14 +253,15 @@ __device__ inline void multiply_rows(float (&product)[64], const unsigned char* 
     hold(product);
 }
 
-// A warpgroup's 64 × 128 sums to the block's part of fp64 memory, and zero afterwards.
+// A warpgroup's 64 × 128 sums to the block's part of fp64 memory, and zero afterwards. Nobody else adds to it: these are
+// atomic only because such additions need not be waited for.
 __device__ inline void flush(const Products& p, const Tile& tile, float (&sums)[64], int x, int y) {
     const int row = x + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = y + threadIdx.x % 4 * 2;
     double* part = p.parts + tile.split * p.dim * p.other;
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
         const int d = row + i % 4 / 2 * 8, e = column + i / 4 * 8 + i % 2;
-        if (d < p.dim && e < p.other) part[d * p.other + e] += sums[i];
+        if (d < p.dim && e < p.other) atomicAdd(part + d * p.other + e, (double)sums[i]);
         sums[i] = 0;
     }
 }
@@ -253,11 +269,12 @@ __device__ inline void flush(const Products& p, const Tile& tile, float (&sums)[
 __device__ inline void add_products(const Products& p, const Shared& s) {
     const Tile& tile = *s.tile;
     const int group = threadIdx.x / 128 - 1, rows = tile.rows;
-    float left[64] = {}, right[64] = {}, product[64];
+    float left[64] = {}, right[64] = {};
     int stage = 0, lap = 0;
     for (int start = 0; start < rows; start += ROWS) {
         const unsigned char* x = s.stages + stage * STAGE_BYTES + group * 64 / 8 * CORE;
         const unsigned char* y = s.stages + stage * STAGE_BYTES + 2 * X_BYTES;
+        float product[64];
         wait(s.there + stage, lap);
         multiply_rows(product, x, y);
 #pragma unroll

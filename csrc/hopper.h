@@ -40,6 +40,17 @@ __device__ inline void copy_async(void* to, const void* from, int bytes, Barrier
                  : "memory");
 }
 
+// Sixteen bytes, and an arrival once all of this thread's before it are there.
+__device__ inline void copy_sixteen(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+__device__ inline void arrive_after_copies(Barrier* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Brings the 32 bytes around an address near.
+__device__ inline void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 // What this thread has stored in shared memory is there for products and bulk copies that follow.
 __device__ inline void publish_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -90,26 +101,26 @@ __device__ inline void hold(float (&registers)[COUNT]) {
 // of a row after another, of `a` two entries of both rows, then those 8 columns on.
 __device__ inline void multiply(float (&d)[32], const unsigned (&a)[4], unsigned long long b, bool add) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME_OF(PRODUCT_TYPE) "." NAME_OF(PRODUCT_TYPE) " {" UP_TO_32
-        "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
         : SIXTEEN(d, 0), SIXTEEN(d, 16)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
 }
 __device__ inline void multiply(float (&d)[64], const unsigned (&a)[4], unsigned long long b, bool add) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME_OF(PRODUCT_TYPE) "." NAME_OF(PRODUCT_TYPE) " {" UP_TO_64
-        "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
         : SIXTEEN(d, 0), SIXTEEN(d, 16), SIXTEEN(d, 32), SIXTEEN(d, 48)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
 }
 // d (64, 128) = aᵀ · b, both factors (16, ...) transposed in shared memory.
 __device__ inline void multiply_transposed(float (&d)[64], unsigned long long a, unsigned long long b, bool add) {
     asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME_OF(PRODUCT_TYPE) "." NAME_OF(PRODUCT_TYPE) " {" UP_TO_64
-        "}, %64, %65, add, 1, 1, 1, 1;\n}"
+        "}, %64, %65, p, 1, 1, 1, 1;\n}"
         : SIXTEEN(d, 0), SIXTEEN(d, 16), SIXTEEN(d, 32), SIXTEEN(d, 48)
         : "l"(a), "l"(b), "r"((int)add));
 }

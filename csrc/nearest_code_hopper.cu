@@ -2,7 +2,7 @@
 //
 // Two kernels make the codebook ready: tiles of codes in the order in which products read them, each with half the
 // squared norms of its codes, so that one bulk copy brings a tile. In the lookup a block takes 256 rows after another.
-// One warp copies rows and tiles of codes into shared memory; two warpgroups multiply, 2 × 64 rows each. While the
+// One warpgroup copies rows and tiles of codes into shared memory; two multiply, 2 × 64 rows each. While the
 // tensor cores work on one half of a warpgroup's rows, the warpgroup looks for the smallest scores of the other.
 //
 // A score is half the squared norm, less the smallest one, less the product; it is added last (docs/numerics.md). Rows
@@ -20,6 +20,7 @@ constexpr int CODE_BYTES = 32 * STEPS * CODES, TILE_BYTES = CODE_BYTES + 4 * COD
 constexpr int SHARED = 227 * 1024, BARRIERS = 128;
 constexpr int FITTING = (SHARED - BARRIERS - ROWS * ROW_BYTES) / TILE_BYTES;
 constexpr int STAGES = FITTING < 6 ? FITTING : 6;  // tiles in shared memory
+constexpr int COPIERS = 96;  // threads that copy rows
 constexpr int UNDECIDED = -2;  // for now, the index of a row that fp32 must not decide
 static_assert(DIM % 8 == 0 && STAGES >= 2, "rows in groups of 16 bytes, and two tiles");
 
@@ -31,7 +32,7 @@ struct Lookup {
     unsigned char* tiles;      // (H, code_tiles, TILE_BYTES)
     double* norms;             // (H, code_tiles * CODES) half the squared norm, inf for a code that is not finite
     float* largest;            // (H, code_tiles * CODES) magnitude of an entry
-    float* limit;              // (H,) the largest |x| whose fp32 scores are safe; -1 where none is
+    float* limits;             // (2, H): a row of largest entry below or above is not for fp32; the second -1 for none
     long long* indices;        // (H, N): -1 for a row that is not finite, or where no code is
     float* distance;           // (H, N) or null
     long long heads, num_rows, num_codes, code_tiles;
@@ -109,7 +110,10 @@ extern "C" __global__ void __launch_bounds__(256) ready_norms(const Lookup p) {
     // below 2^-40 the product of two entries may underflow, above 2^120 a sum of products may overflow
     const bool safe = (float)high < 0x1p120f && (entry >= 0x1p-40f || entry == 0);
     const float limit = fminf(0x1p120f / (fmaxf(entry, 0x1p-40f) * DIM), 0x1p120f);
-    if (threadIdx.x == 0) p.limit[head] = safe ? limit : -1.0f;
+    if (threadIdx.x == 0) {
+        p.limits[head] = 0x1p-100f / fmaxf(entry, 0x1p-40f);  // all products of the row may underflow
+        p.limits[p.heads + head] = safe ? limit : -1.0f;
+    }
 }
 
 __device__ inline const Half* row_at(const Lookup& p, int head, int n) {
@@ -130,27 +134,34 @@ __device__ inline Shared carve(unsigned char* memory) {
             memory + BARRIERS + ROWS * ROW_BYTES};
 }
 
-// One warp: what the products need, as soon as there is room.
-__device__ inline void copy_to_shared(const Lookup& p, const Shared& s) {
-    const int row_tiles = (p.num_rows + ROWS - 1) / ROWS, lane = threadIdx.x % 32;
-    int stage = 0, lap = 0, turn = 0;
-    for (int tile = blockIdx.x; tile < p.heads * row_tiles; tile += gridDim.x, ++turn) {
-        const int head = tile / row_tiles, first = tile % row_tiles * ROWS, present = min((int)p.num_rows - first, ROWS);
-        wait(s.rows_read, turn % 2 ^ 1);
-        if (lane == 0) arrive_expecting(s.rows_there, present * DIM * 2);
-        __syncwarp();
-        for (int row = lane; row < present; row += 32)
-            copy_async(s.rows + row * ROW_BYTES, row_at(p, head, first + row), DIM * 2, s.rows_there);
-        const unsigned char* tiles = p.tiles + head * p.code_tiles * TILE_BYTES;
-        for (int t = 0; t < p.code_tiles; ++t) {
+// The first warpgroup: what the products need, as soon as there is room. One warp copies tiles of codes, the others rows.
+__device__ inline void copy_codes(const Lookup& p, const Shared& s) {
+    const int row_tiles = (p.num_rows + ROWS - 1) / ROWS;
+    int stage = 0, lap = 0;
+    for (int tile = blockIdx.x; tile < p.heads * row_tiles; tile += gridDim.x) {
+        const unsigned char* codes = p.tiles + tile / row_tiles * p.code_tiles * TILE_BYTES;
+        for (int t = 0; t < p.code_tiles; ++t, codes += TILE_BYTES) {
             wait(s.tile_read + stage, lap ^ 1);
-            if (lane == 0) {
+            if (threadIdx.x == 0) {
                 arrive_expecting(s.tile_there + stage, TILE_BYTES);
-                copy_async(s.tiles + stage * TILE_BYTES, tiles + (long long)t * TILE_BYTES, TILE_BYTES,
-                           s.tile_there + stage);
+                copy_async(s.tiles + stage * TILE_BYTES, codes, TILE_BYTES, s.tile_there + stage);
             }
             if (++stage == STAGES) stage = 0, lap ^= 1;
         }
+    }
+}
+
+__device__ inline void copy_rows(const Lookup& p, const Shared& s) {
+    const int row_tiles = (p.num_rows + ROWS - 1) / ROWS;
+    int turn = 0;
+    for (int tile = blockIdx.x; tile < p.heads * row_tiles; tile += gridDim.x, ++turn) {
+        const int head = tile / row_tiles, first = tile % row_tiles * ROWS, present = min((int)p.num_rows - first, ROWS);
+        wait(s.rows_read, turn % 2 ^ 1);
+        for (int piece = threadIdx.x - 32; piece < present * (DIM / 8); piece += COPIERS) {
+            const int row = piece / (DIM / 8), eighth = piece % (DIM / 8);
+            copy_sixteen(s.rows + row * ROW_BYTES + eighth * 16, row_at(p, head, first + row) + eighth * 8);
+        }
+        arrive_after_copies(s.rows_there);
     }
 }
 
@@ -162,7 +173,7 @@ struct Nearest {
     bool scan[2];
 };
 
-__device__ inline void load_rows(Nearest& rows, const unsigned char* first, float limit, bool dot) {
+__device__ inline void load_rows(Nearest& rows, const unsigned char* first, float lowest, float highest) {
     const int lane = threadIdx.x % 32;
     const unsigned char* at = first + (threadIdx.x / 32 % 4 * 16 + lane / 4) * ROW_BYTES + lane % 4 * 4;
     unsigned largest[2] = {};
@@ -180,9 +191,7 @@ __device__ inline void load_rows(Nearest& rows, const unsigned char* first, floa
         Half entry;
         entry.bits = (unsigned short)largest[i];
         const float size = wide(entry);
-        // all products of a row may underflow: as distances, they are then all the same to fp32's precision
-        const bool tiny = dot && size > 0 && size < limit * 0x1p-110f * (DIM * 0x1p-110f);
-        rows.scan[i] = !(size <= limit) || tiny;
+        rows.scan[i] = !(size <= highest) || (size > 0 && size < lowest);
         rows.score[i] = INF;
         rows.index[i] = -1;
     }
@@ -198,7 +207,7 @@ __device__ inline void start_products(float (&product)[CODES / 2], const Nearest
 }
 
 // Products of 64 rows and a tile of codes, the first of which is `first`, to the best scores so far. The codes are looked
-// at one by one only where the best of the tile is the best of all so far.
+// at one by one only where the best of the tile is better than what any of the row's four lanes has: an equal one is later.
 __device__ inline void keep_nearest(Nearest& rows, float (&product)[CODES / 2], const unsigned char* tile, int first) {
     hold(product);
     const int column = threadIdx.x % 4 * 2;
@@ -211,7 +220,13 @@ __device__ inline void keep_nearest(Nearest& rows, float (&product)[CODES / 2], 
             product[4 * c + i] = norms[8 * c + i % 2] - product[4 * c + i];
             low[i / 2] = fminf(low[i / 2], product[4 * c + i]);
         }
-    if (!(low[0] < rows.score[0] || low[1] < rows.score[1])) return;
+    float bound[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        bound[i] = fminf(rows.score[i], __shfl_xor_sync(ALL, rows.score[i], 1));
+        bound[i] = fminf(bound[i], __shfl_xor_sync(ALL, bound[i], 2));
+    }
+    if (!(low[0] < bound[0] || low[1] < bound[1])) return;
     int at[2] = {};
 #pragma unroll
     for (int c = CODES / 8 - 1; c >= 0; --c)  // so that the lowest of equal ones is the last
@@ -220,7 +235,7 @@ __device__ inline void keep_nearest(Nearest& rows, float (&product)[CODES / 2], 
             if (product[4 * c + i] == low[i / 2]) at[i / 2] = 8 * c + i % 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-        if (low[i] < rows.score[i]) rows.score[i] = low[i], rows.index[i] = first + column + at[i];
+        if (low[i] < bound[i]) rows.score[i] = low[i], rows.index[i] = first + column + at[i];
 }
 
 // The best codes of 64 rows, of which `first` is the first, from four lanes each to memory.
@@ -246,12 +261,12 @@ __device__ inline void multiply_rows(const Lookup& p, const Shared& s) {
     int stage = 0, lap = 0, turn = 0;
     for (int tile = blockIdx.x; tile < p.heads * row_tiles; tile += gridDim.x, ++turn) {
         const int head = tile / row_tiles, first = tile % row_tiles * ROWS + group * 64 * HALVES;
-        const float limit = p.limit[head];
+        const float lowest = p.limits[head], highest = p.limits[p.heads + head];
         Nearest upper, lower;
         float upper_product[CODES / 2], lower_product[CODES / 2];
         wait(s.rows_there, turn % 2);
-        load_rows(upper, s.rows + group * HALVES * 64 * ROW_BYTES, limit, p.dot);
-        load_rows(lower, s.rows + (group * HALVES + 1) * 64 * ROW_BYTES, limit, p.dot);
+        load_rows(upper, s.rows + group * HALVES * 64 * ROW_BYTES, lowest, highest);
+        load_rows(lower, s.rows + (group * HALVES + 1) * 64 * ROW_BYTES, lowest, highest);
         __syncwarp();
         if (lane == 0) arrive(s.rows_read);
         const unsigned char* codes = s.tiles + stage * TILE_BYTES;
@@ -261,6 +276,7 @@ __device__ inline void multiply_rows(const Lookup& p, const Shared& s) {
         for (int t = 0;; ++t) {
             start_products(lower_product, lower, codes);
             keep_nearest(upper, upper_product, codes, t * CODES);
+            __syncwarp();
             wait_products();
             const unsigned char* before = codes;
             Barrier* read = s.tile_read + stage;
@@ -348,7 +364,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nearest_code(const Look
     extern __shared__ __align__(128) unsigned char memory[];
     const Shared s = carve(memory);
     if (threadIdx.x == 0) {
-        init_barrier(s.rows_there, 1);
+        init_barrier(s.rows_there, COPIERS);
         init_barrier(s.rows_read, 4 * GROUPS);  // a warp arrives once
         for (int i = 0; i < STAGES; ++i) {
             init_barrier(s.tile_there + i, 1);
@@ -365,6 +381,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nearest_code(const Look
         multiply_rows(p, s);
     } else {
         give_registers<40>();
-        if (threadIdx.x < 32) copy_to_shared(p, s);
+        if (threadIdx.x < 32)
+            copy_codes(p, s);
+        else
+            copy_rows(p, s);
     }
 }

@@ -151,10 +151,11 @@ def test_covariances_keep_their_accuracy_whenever_products_come(host: Host, seed
         (2, 900, 132, None, 0, True, 3.0, 5e-6),
         (1, 500, 260, None, 1, False, 1.0, 5e-6),
         (1, 333, 24, 300, 0, True, -2.0, 5e-6),
+        (1, 900, 8, None, 0, True, 0.5, 1.5e-6),
     ):
         x = torch.randn(heads, rows, dim) + mean
         y = None if other is None else torch.randn(heads, rows, other) + 2 * x[..., :1]
-        weights = torch.rand(heads, max(rows - lag, 0), dtype=torch.float64) if weighted else None
+        weights = 1000 * torch.rand(heads, max(rows - lag, 0), dtype=torch.float64) if weighted else None
         if weights is not None:
             x[0, 5, 3], weights[:, 7] = torch.nan, 0.0
         got = covariance.covariance(x, y, weights, lag, "default")
@@ -165,6 +166,9 @@ def test_covariances_keep_their_accuracy_whenever_products_come(host: Host, seed
         if want[5].numel():
             assert relative(got[2], want[2]) < 1e-6 and relative(got[5], want[5]) < bound
             assert relative(got[4], want[4], (want[3].norm() * want[5].norm()).sqrt()) < bound
+    few_values = torch.randint(0, 5, (1, 700, 200)).float()  # of which low halves would not average out
+    got = covariance.covariance(few_values, None, None, 0, "default")[3]
+    assert relative(got, covariance_reference.covariance(few_values, None, None, 0, "default")[3]) < 1e-7
     for found in covariance.covariance(torch.full((1, 8, 4), torch.nan), None, None, 0, "default"):
         assert not found.any()
 
@@ -390,7 +394,8 @@ def nvrtc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeNVRTC:
 @pytest.fixture
 def fake_gpu(host: Host, nvrtc: FakeNVRTC) -> Iterator[FakeCuPy]:
     """A GPU whose kernels run on CPU tensors, behind everything that a launch calls."""
-    cupy, stream = FakeCuPy(host), mock.Mock(cuda_stream=7, device_index=0)
+    stream = type("Stream", (), {"cuda_stream": 7, "device_index": 0, "__cuda_stream__": None})()
+    cupy = FakeCuPy(host)
     cached = (cuda_common._function, cuda_common._module, cuda_common._stream, cuda_common._tickets)
     with (
         mock.patch.dict("sys.modules", {"cupy": cupy}),

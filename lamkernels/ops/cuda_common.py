@@ -33,6 +33,7 @@ PRELUDES = {
     "covariance_hopper.cu": ("common.h", "hopper.h"),
 }
 HOPPER = (9, 0)
+FIRST_CALL = "the first call with backend='cuda' is inside a CUDA graph's capture; call it once before, to warm up"
 TYPES = {torch.float32: "float", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -102,6 +103,8 @@ def _function(kernel: str, source: str, defines: tuple[str, ...], device: torch.
 
 @functools.cache
 def _module(source: str, defines: tuple[str, ...], capability: tuple[int, int], device: torch.device) -> Any:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(FIRST_CALL)
     cupy: Any = importlib.import_module("cupy")
     return cupy.RawModule(path=str(compiled(source, defines, capability)))
 
@@ -143,7 +146,7 @@ def compiled(source: str, defines: tuple[str, ...], capability: tuple[int, int])
 @functools.lru_cache(maxsize=64)
 def _stream(stream: torch.cuda.Stream) -> Any:
     cuda: Any = importlib.import_module("cupy").cuda
-    if hasattr(cuda.Stream, "from_external"):  # CuPy 14 and later
+    if hasattr(cuda.Stream, "from_external") and hasattr(stream, "__cuda_stream__"):  # CuPy 14 and recent torch
         return cuda.Stream.from_external(stream)
     return cuda.ExternalStream(stream.cuda_stream, stream.device_index)
 
@@ -157,9 +160,7 @@ class Tickets:
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the first call with backend='cuda' is inside a CUDA graph's capture; call it once before, to warm up"
-            )
+            raise RuntimeError(FIRST_CALL)
         self.slots = torch.zeros(SLOTS, dtype=torch.int32, device=device)
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # once: the other streams do not wait for the zeros

@@ -192,6 +192,7 @@ inline unsigned atomicInc(unsigned* address, unsigned last) {
     return old;
 }
 
+inline void atomicAdd(double* address, double value) { *address += value; }
 inline void __threadfence() {}
 inline int __ffs(unsigned bits) { return __builtin_ffs((int)bits); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }

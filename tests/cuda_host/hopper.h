@@ -49,8 +49,17 @@ inline void end_phase(Phase* barrier) {
 
 inline void make(const Copy& copy) {
     std::memcpy(copy.to, copy.from, copy.bytes);
+    if (!copy.barrier) return;
+    if (copy.bytes == 0) --copy.barrier->pending;  // an arrival behind copies
     copy.barrier->bytes -= copy.bytes;
     end_phase(copy.barrier);
+}
+
+inline void queue(const Copy& copy) {
+    broken |= copy.bytes && ((std::uintptr_t)copy.to | (std::uintptr_t)copy.from | copy.bytes) % 16;
+    std::memset(copy.to, 0xff, copy.bytes);
+    if (eager) return make(copy);
+    copies.push_back(copy);
 }
 
 inline void start_block(int threads) {
@@ -151,12 +160,11 @@ inline void wait(Barrier* barrier, int parity) {
 }
 
 inline void copy_async(void* to, const void* from, int bytes, Barrier* barrier) {
-    host::broken |= ((std::uintptr_t)to | (std::uintptr_t)from | bytes) % 16 != 0;
-    std::memset(to, 0xff, bytes);
-    host::Copy copy{to, from, bytes, (Phase*)barrier};
-    if (host::eager) return host::make(copy);
-    host::copies.push_back(copy);
+    host::queue({to, from, bytes, (Phase*)barrier});
 }
+inline void copy_sixteen(void* to, const void* from) { host::queue({to, from, 16, nullptr}); }
+inline void arrive_after_copies(Barrier* barrier) { host::queue({barrier, barrier, 0, (Phase*)barrier}); }
+inline void prefetch(const void*) {}
 
 inline unsigned long long factor(const void* shared, int leading, int stride) {
     const long start = (const unsigned char*)shared - memory;

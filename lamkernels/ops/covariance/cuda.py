@@ -5,6 +5,7 @@ For wide rows: a block computes 128 × 256 entries of a scatter. Not yet measure
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -78,6 +79,7 @@ def num_tiles(dim: int, other: int, symmetric: bool) -> int:
     return sum(across - i * TALL // WIDE for i in range(down)) if symmetric else down * across
 
 
+@functools.cache
 def num_splits(tiles: int, num_pairs: int, multiprocessors: int) -> int:
     """How many ranges of rows: as few blocks as leave the last wave nearly full. Of the shape and the device alone."""
     most = max(1, min(num_pairs // (4 * ROWS), MOST_WAVES * multiprocessors // tiles))

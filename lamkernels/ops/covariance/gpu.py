@@ -47,11 +47,17 @@ def moments(
 
 
 def _provisional_shift(x: Tensor, weights: Tensor, computed: torch.dtype) -> Tensor:
-    """The mean of evenly spaced rows of positive weight, (H, D)."""
+    """The mean of evenly spaced rows of positive weight (H, D), to 1/16 of the spread of a column.
+
+    So integers and pixels keep their grid, and their products stay exact.
+    """
     step = max(1, x.shape[1] // SAMPLE)
-    inside = weights[:, ::step] > 0
-    sample = torch.where(inside[..., None], x[:, ::step].double(), 0.0)
-    return (sample.sum(1) / inside.sum(1).clamp(min=1)[:, None]).to(computed)
+    inside = weights[:, ::step, None] > 0
+    sample, count = x[:, ::step].double(), inside.sum(1).clamp(min=1)
+    mean = torch.where(inside, sample, 0.0).sum(1) / count
+    spread = (torch.where(inside, sample - mean[:, None], 0.0).square().sum(1) / count).sqrt()
+    grid = torch.exp2(spread.where(spread > 0, 1.0).log2().ceil()) / 16
+    return torch.where(spread > 0, (mean / grid).round() * grid, mean).to(computed)
 
 
 def _scatter(

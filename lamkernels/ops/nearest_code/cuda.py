@@ -8,7 +8,7 @@ from torch import Tensor
 from lamkernels.ops.nearest_code import cuda_hopper as hopper
 from lamkernels.ops.vector_quantize import cuda as few
 
-FEW_ROWS = 4096  # up to here one launch is faster than what a large codebook needs
+FEW_ROWS, FEW_CODES = 4096, 64  # up to here one launch is faster than what a large codebook needs
 
 
 def unfit(x: Tensor, codebook: Tensor, metric: str, precision: str = "default") -> str:
@@ -24,7 +24,7 @@ def nearest_code(
     heads, rows = x.shape[0], x.shape[1:-1].numel()
     if reason := unfit(x, codebook, metric, precision):
         raise ValueError(reason)
-    many = rows > FEW_ROWS or few.unfit(x, codebook, metric)
+    many = (rows > FEW_ROWS and codebook.shape[1] > FEW_CODES) or few.unfit(x, codebook, metric)
     if heads * rows and many and not hopper.unfit(x, codebook, metric, precision):
         return hopper.nearest_code(x, codebook, metric, return_distance)
     indices = x.new_empty((heads, rows), dtype=torch.int64)

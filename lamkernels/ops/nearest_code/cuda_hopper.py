@@ -65,13 +65,13 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str, return_distance: bool
     code_tiles = -(-num_codes // of.codes)
     tiles = x.new_empty((heads, code_tiles, of.tile), dtype=torch.uint8)
     norms = x.new_empty((heads, code_tiles * of.codes), dtype=torch.float64)
-    largest, limit = x.new_empty(norms.shape, dtype=single), x.new_empty((heads,), dtype=single)
+    largest, limits = x.new_empty(norms.shape, dtype=single), x.new_empty((2, heads), dtype=single)
     indices = x.new_empty((heads, rows), dtype=torch.int64)
     distance = x.new_empty((heads, rows if return_distance else 0), dtype=single)
     groups = (x.stride(1), 1, 0) if x.ndim == 3 else (x.stride(1), x.shape[2], x.stride(2))
     arguments = pack(
         (
-            *(t.data_ptr() for t in (x, codebook, tiles, norms, largest, limit, indices)),
+            *(t.data_ptr() for t in (x, codebook, tiles, norms, largest, limits, indices)),
             distance.data_ptr() if return_distance else 0, heads, rows, num_codes, code_tiles,
             x.stride(0), *groups, *codebook.stride()[:2], metric == "dot",
         ),
