@@ -44,7 +44,8 @@ FLAGS: dict[str, Any] = {
 # Bytes of packed rows in a block, where the codes fit in a panel and where they do not, and of the codes in a panel:
 # together they stay in a 512 KiB cache.
 BLOCK_BYTES, ROW_BYTES, PANEL_BYTES = 96 * 1024, 128 * 1024, 192 * 1024
-SMALL_CODEBOOK = 1 << 13  # entries
+SMALL_CODEBOOK = 1 << 13  # entries; sums of a larger one cost so much to merge that a task has more rows
+LARGE_CHUNKS, LARGE_CHUNK = 8, 512
 CHUNKS, MIN_CHUNK, MAX_CHUNK = 32, 256, 4096  # tasks, and rows in each: a function of the shape, never of the threads
 
 
@@ -459,7 +460,7 @@ def sizes_of(rows: int, num_codes: int, dim: int, itemsize: int, summing: bool =
     panel = max(TILE, PANEL_BYTES // (dim * itemsize) // TILE * TILE)
     chunk = min(max(-(-rows // CHUNKS), MIN_CHUNK), MAX_CHUNK)
     if summing and num_codes * dim > SMALL_CODEBOOK:
-        chunk = MAX_CHUNK
+        chunk = min(max(-(-rows // LARGE_CHUNKS), LARGE_CHUNK), MAX_CHUNK)
     chunk += -chunk % tile_rows
     # where the codes do not fit in a panel, more rows share each
     block_bytes = BLOCK_BYTES if panel >= padded else ROW_BYTES
