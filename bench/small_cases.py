@@ -107,13 +107,21 @@ def gradients(*leaves: Tensor) -> list[Tensor]:
     return found
 
 
+def asked_device(program: str, argv: Sequence[str] | None) -> str:
+    """The value of --device; "" where that is a GPU and there is none, which is said."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    device: str = parser.parse_args(argv).device
+    if device == "cuda" and not torch.cuda.is_available():
+        print(f"python -m {program}: torch finds no CUDA or ROCm device", file=sys.stderr)
+        return ""
+    return device
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs them; 1 when something is not finite, 2 without a GPU that was asked for."""
-    parser = argparse.ArgumentParser(prog="python -m bench.small_cases")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    device = parser.parse_args(argv).device
-    if device == "cuda" and not torch.cuda.is_available():
-        print("python -m bench.small_cases: torch finds no CUDA or ROCm device", file=sys.stderr)
+    device = asked_device("bench.small_cases", argv)
+    if not device:
         return 2
     torch.manual_seed(0)
     chosen = cases(device, "triton" if device == "cuda" else "auto")

@@ -6,7 +6,6 @@ So they run here first, several at a time, and nothing is timed.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import sys
@@ -74,11 +73,8 @@ def compile_one(task: Task, device: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs all tasks; 2 without a GPU that was asked for, 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m bench.warm")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    device = parser.parse_args(argv).device
-    if device == "cuda" and not torch.cuda.is_available():
-        print("python -m bench.warm: torch finds no CUDA or ROCm device", file=sys.stderr)
+    device = small_cases.asked_device("bench.warm", argv)
+    if not device:
         return 2
     todo, failed = tasks(device), 0
     workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2))

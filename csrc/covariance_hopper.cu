@@ -52,6 +52,7 @@ struct Tile {
     int rows, x, y;                // how many, and the first columns
     bool diagonal;                 // one tile of every 128 columns adds up their sums
 };
+static_assert(sizeof(Tile) <= TILE, "its place in shared memory");
 
 __device__ inline Tile tile_of(const Products& p) {
     const int down = (p.dim + TALL - 1) / TALL, across = (p.other + WIDE - 1) / WIDE;
@@ -142,7 +143,6 @@ __device__ inline void split(const Eight& entries, const float* shift, float wei
 
 // What one thread of the warpgroup that splits reads of a row: thread t has row t % 8 of every 8, and columns t / 8 · 8 of
 // every 128. In a tile on the diagonal those of x are among those of y.
-template <bool DIAGONAL>
 struct Loaded {
     Eight x, y[2];
     float weight;
@@ -157,8 +157,8 @@ struct Place {
 };
 
 template <bool DIAGONAL>
-__device__ inline Loaded<DIAGONAL> load_rows(const Products& p, Place& at) {
-    Loaded<DIAGONAL> loaded = {};
+__device__ inline Loaded load_rows(const Products& p, Place& at) {
+    Loaded loaded = {};
     if (!DIAGONAL && at.left > AHEAD) {
         if (at.x_columns > 0) prefetch(at.x + AHEAD * p.x_n);
         if (at.y_columns > 0) prefetch(at.y + AHEAD * p.y_n);
@@ -204,7 +204,7 @@ __device__ inline void split_rows(const Products& p, const Shared& s) {
                 (int)p.other - column_y,
                 rows - row};
     float sum[8] = {}, square[8] = {};
-    Loaded<DIAGONAL> next = load_rows<DIAGONAL>(p, at);
+    Loaded next = load_rows<DIAGONAL>(p, at);
     int stage = 0, lap = 0;
     for (int start = 0; start < rows; start += ROWS) {
         unsigned char* x = s.stages + stage * STAGE_BYTES + chunk * CORE + row * 16;
@@ -212,7 +212,7 @@ __device__ inline void split_rows(const Products& p, const Shared& s) {
         wait(s.read + stage, lap ^ 1);
 #pragma unroll
         for (int group = 0; group < ROWS / 8; ++group, x += TALL / 8 * CORE, y += WIDE / 8 * CORE) {
-            const Loaded<DIAGONAL> now = next;
+            const Loaded now = next;
             next = load_rows<DIAGONAL>(p, at);
             Eight of_x = now.x;
             if (DIAGONAL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,18 @@ def assert_quantized_like(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> 
     for i in (sums, residual_sums):  # rounding is relative to the largest summand
         scale = float(want[sums].abs().max().clamp(min=1))
         torch.testing.assert_close(got[i], want[i], rtol=1e-6, atol=1e-6 * scale)
+
+
+def on_a_side_stream(call: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """What ``call`` gives for values of ``x`` that come late, on a stream that waits for nothing else."""
+    stream, late = torch.cuda.Stream(), torch.zeros_like(x)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)
+        late.copy_(x)
+        got = call(late)
+    stream.synchronize()
+    return got
 
 
 def replayed(step: Callable[[], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:

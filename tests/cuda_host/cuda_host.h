@@ -21,7 +21,6 @@
 #define __shared__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
-#define __noinline__ __attribute__((noinline))
 
 struct Index {
     unsigned x;

@@ -32,7 +32,7 @@ struct Product {
     unsigned a[WARPGROUP][4];
     unsigned long long descriptor[2];  // of a, where it is transposed in shared memory, and of b
     int columns;
-    bool transposed, add, done;
+    bool transposed, add;
 };
 
 inline std::deque<Copy> copies;
@@ -124,7 +124,7 @@ inline void issue(float* d, int count, const unsigned* a, unsigned long long fir
     const int group = current / WARPGROUP, lane = current % WARPGROUP;
     auto& queue = products[group];
     const long number = issued[current]++ - finished[group];
-    if (number == (long)queue.size()) queue.push_back({{}, {}, {first, second}, 2 * count, a == nullptr, add, false});
+    if (number == (long)queue.size()) queue.push_back({{}, {}, {first, second}, 2 * count, a == nullptr, add});
     Product& product = queue[number];
     const bool same = product.descriptor[0] == first && product.descriptor[1] == second;
     broken |= !same || product.columns != 2 * count || product.add != add || product.d[lane];

@@ -8,7 +8,7 @@ from contract import HARD_DATA, assert_contract, hard_data
 from contract import scores as exact_scores
 from layout_cases import CASES, LAYOUTS, assert_read_in_place
 from torch import Tensor
-from triton_cases import assert_quantized_like, more_hard_data, replayed
+from triton_cases import assert_quantized_like, more_hard_data, on_a_side_stream, replayed
 
 import lamkernels as lk
 from lamkernels.ops.vector_quantize import reference
@@ -139,14 +139,7 @@ def test_a_training_step_is_captured_in_a_cuda_graph(shape: tuple[int, int, int]
 def test_a_side_stream_is_honoured() -> None:
     x, codebook = data(100_000, 16, 32, torch.float32, torch.float32)
     want = lk.vector_quantize(x, codebook, backend="triton")
-    stream = torch.cuda.Stream()
-    late = torch.zeros_like(x)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(10**8)
-        late.copy_(x)
-        got = lk.vector_quantize(late, codebook, backend="triton")
-    stream.synchronize()
+    got = on_a_side_stream(lambda late: lk.vector_quantize(late, codebook, backend="triton"), x)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

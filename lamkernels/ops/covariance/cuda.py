@@ -17,7 +17,6 @@ from lamkernels.ops.cuda_common import HOPPER, THREADS, launch, multiprocessors,
 SOURCE, DEFINES = "covariance_hopper.cu", ("-DPRODUCT_TYPE=bf16",)
 ROWS, TALL, WIDE, BLOCK = 32, 128, 256, 384  # of a stage, columns of a tile, and threads, as in the source
 SHARED = 128 + 4 * 2 * ROWS * 2 * (TALL + WIDE) + 4 * (TALL + WIDE) + 64
-FLUSH = 8192  # rows whose products a block adds in fp32
 MOST_WAVES = 8
 
 
