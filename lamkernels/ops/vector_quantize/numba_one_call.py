@@ -100,9 +100,10 @@ def forward(
         if CODES not in settings:
             codes = empty_like(x)
             array[CODES] = codes.data_ptr()
-    array[LOOKUP + 8], array[LOOKUP + 9], array[LOOKUP + 10], loss = (
-        base + at if tensor is None else tensor.data_ptr() for tensor, at in zip(wanted, plan.unwanted, strict=True)
-    )
+    places = [base + at for at in plan.unwanted]
+    if wanted is not NOTHING:
+        places = [at if tensor is None else tensor.data_ptr() for tensor, at in zip(wanted, places, strict=True)]
+    array[LOOKUP + 8], array[LOOKUP + 9], array[LOOKUP + 10], loss = places
     array[QUANTIZE], array[QUANTIZE + 1], array[QUANTIZE + 3] = loss, loss, base
     for place, value in settings.items():
         array[place] = value

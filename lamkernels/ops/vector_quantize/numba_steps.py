@@ -44,53 +44,56 @@ def noise_step(
     last: Tensor, codebook: Tensor, first: Tensor, plan: Plan, noise: Tensor, used: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`lamkernels.steps.noise_step`."""
-    return apply(NoiseStep, last, codebook, first, plan, noise, used)  # type: ignore[no-any-return]
+    constant: list[Tensor] = []  # what has no gradient costs less past the autograd function than through it
+    quantized: Tensor = apply(NoiseStep, last, codebook, first, plan, noise, used, constant)
+    indices, perplexity = constant
+    return quantized, indices, perplexity
 
 
 class NoiseStep(torch.autograd.Function):
-    """last, codebook, first -> quantized, indices, perplexity; adds to ``used``."""
+    """last, codebook, first -> quantized; puts indices and perplexity into ``constant`` and adds to ``used``."""
 
     @staticmethod
     def forward(
-        ctx: Any, last: Tensor, codebook: Tensor, first: Tensor, plan: Plan, noise: Tensor, used: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, last: Tensor, codebook: Tensor, first: Tensor, plan: Plan, noise: Tensor, used: Tensor,
+        constant: list[Tensor],
+    ) -> Tensor:  # fmt: skip
         size, perplexity = last.numel(), empty_loss(codebook)
         # what only the backward reads, in one piece: last − first, the codes of the rows, and the sums of x − code
-        kept = torch.empty(2 * size + codebook.numel(), dtype=last.dtype, device="cpu")
+        kept = last.new_empty(2 * size + codebook.numel())
         at, step = kept.data_ptr(), size * last.itemsize
         settings = {
             2: at, CODES: at + step, RESIDUAL_SUMS: at + 2 * step, SUBTRACTED: first.data_ptr(),
             SUBTRACTED + 1: last.data_ptr(), PERPLEXITY: perplexity.data_ptr(), CALLS_USED: used.data_ptr(),
         }  # fmt: skip
         quantized, indices, _, ctx.rows_in = forward(last, codebook, plan, (None, None, noise), NOTHING, settings)
-        visible = visible_indices(indices, ctx.rows_in)
+        constant += visible_indices(indices, ctx.rows_in), perplexity
         ctx.plan, ctx.computed, ctx.codes = plan, codebook.dtype, codebook.shape
-        ctx.mark_non_differentiable(visible, perplexity)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(kept, indices, noise)
-        return quantized, visible, perplexity
+        return quantized
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is None:
-            return (None,) * 6
+            return (None,) * 7
         grad_codebook: Tensor | None
         kept, indices, noise = ctx.saved_tensors
+        _, of_codebook, of_first, *_ = ctx.needs_input_grad
         lie_as_made = kept.is_contiguous() and indices.is_contiguous() and noise.is_contiguous()
-        if lie_as_made and ctx.plan.pulls and ctx.needs_input_grad[1] and grad.is_contiguous() and is_ordinary(grad):
+        if lie_as_made and ctx.plan.pulls and of_codebook and grad.is_contiguous() and is_ordinary(grad):
             grad_x, grad_codebook = _through_noise(ctx, kept, indices, noise, grad)
         else:
             size = noise.numel()
             x, codes, sums = kept[:size].view(noise.shape), kept[size : 2 * size].view(noise.shape), kept[2 * size :]
             saved = x, None, codes, indices, sums.view(ctx.codes), noise
             grad_x, grad_codebook = by_operator(ctx, saved, grad, None, None)
-        of_first = -grad_x if ctx.needs_input_grad[2] else None
-        return grad_x, grad_codebook, of_first, None, None, None
+        return grad_x, grad_codebook, -grad_x if of_first else None, None, None, None, None
 
 
 def _through_noise(ctx: Any, kept: Tensor, indices: Tensor, noise: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the codebook, by one call for all rows."""
-    plan, grad_x, grad_codebook = ctx.plan, empty_like(noise), torch.empty(ctx.codes, dtype=ctx.computed, device="cpu")
+    plan, grad_x, grad_codebook = ctx.plan, empty_like(noise), torch.empty(*ctx.codes, dtype=ctx.computed, device="cpu")
     array, at, step = BackwardArray.from_buffer_copy(plan.backward), kept.data_ptr(), noise.nbytes
     rows_in, nothing = ctypes.c_int64(ctx.rows_in), ZERO[ctx.computed].data_ptr()
     array[2], array[5], array[6], array[7], array[9] = at, at + step, indices.data_ptr(), grad.data_ptr(), ctx.codes[0]
