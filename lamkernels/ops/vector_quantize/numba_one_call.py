@@ -160,7 +160,9 @@ def weighted_step(
     a plan of :func:`plan_of_channels`.
     """
     if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
-        return apply(WeightedStep, x, codebook, plan, rows, weights)  # type: ignore[no-any-return]
+        constant: list[Tensor] = []  # what has no gradient costs less past the autograd function than through it
+        quantized, loss = apply(WeightedStep, x, codebook, plan, rows, weights, constant)
+        return quantized, constant[0], loss
     return _weighted_step(x, codebook, plan, rows, weights)[0]
 
 
@@ -232,23 +234,28 @@ class Quantize(torch.autograd.Function):
 
 
 class WeightedStep(torch.autograd.Function):
-    """x, codebook -> quantized as x, indices, commitment_weight · commitment loss + codebook_weight · codebook loss."""
+    """x, codebook -> quantized as x, commitment_weight · commitment loss + codebook_weight · codebook loss; the indices
+    go into ``constant``.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, weights: tuple[float, float]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, weights: tuple[float, float],
+        constant: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         outputs, (indices, residual_sums, ctx.rows_in) = _weighted_step(x, codebook, plan, rows, weights)
-        quantized, visible, _ = outputs
+        quantized, visible, loss = outputs
+        constant.append(visible)
         ctx.plan, ctx.computed, ctx.weights = plan, codebook.dtype, weights
-        ctx.mark_non_differentiable(visible, *([quantized] if plan.options[1] == "none" else []))
+        if plan.options[1] == "none":
+            ctx.mark_non_differentiable(quantized)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, rows, quantized, indices, residual_sums, None)
-        return outputs
+        return quantized, loss
 
     @staticmethod
-    def backward(ctx: Any, grad_quantized: Tensor | None, _: None, grad_loss: Tensor | None) -> Any:
-        return *gradient(ctx, grad_quantized, grad_loss, grad_loss, ctx.weights), None, None, None
+    def backward(ctx: Any, grad_quantized: Tensor | None, grad_loss: Tensor | None) -> Any:
+        return *gradient(ctx, grad_quantized, grad_loss, grad_loss, ctx.weights), None, None, None, None
 
 
 class TrainStep(torch.autograd.Function):

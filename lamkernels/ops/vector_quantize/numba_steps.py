@@ -108,35 +108,38 @@ def gradient_step(
     x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, usage: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`lamkernels.steps.gradient_step`."""
-    return apply(GradientStep, x, codebook, plan, rows, usage)  # type: ignore[no-any-return]
+    constant: list[Tensor] = []
+    quantized, codes = apply(GradientStep, x, codebook, plan, rows, usage, constant)
+    return quantized, codes, constant[0]
 
 
 class GradientStep(torch.autograd.Function):
-    """x, codebook -> x + (codes − x), codes, indices; adds to ``usage``."""
+    """x, codebook -> x + (codes − x), codes; puts the indices into ``constant`` and adds to ``usage``."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, usage: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, usage: Tensor | None,
+        constant: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         through = empty_like(x)
         settings = {THROUGH: through.data_ptr()}
         if usage is not None:
             settings |= {GROUPS_USED: usage.data_ptr(), GROUPS_USED + 1: plan.indices.shape[1:].numel()}
         codes, indices, _, rows_in = forward(x, codebook, plan, (rows, None, None), NOTHING, settings)
         visible = visible_indices(indices, rows_in)
+        constant.append(visible)
         ctx.num_codes = codebook.shape[0]
-        ctx.mark_non_differentiable(visible)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(visible)
-        return through, codes, visible
+        return through, codes
 
     @staticmethod
-    def backward(ctx: Any, grad_through: Tensor | None, grad_codes: Tensor | None, _: None) -> Any:
+    def backward(ctx: Any, grad_through: Tensor | None, grad_codes: Tensor | None) -> Any:
         grad_codebook = None
         if grad_codes is not None and ctx.needs_input_grad[1]:
             (indices,) = ctx.saved_tensors
             grad_codebook = torch.ops.aten.embedding_dense_backward(grad_codes, indices, ctx.num_codes, -1, False)
-        return grad_through, grad_codebook, None, None, None
+        return grad_through, grad_codebook, None, None, None, None
 
 
 def plan_of_maps(
@@ -154,16 +157,22 @@ def map_step(
     x: Tensor, codebook: Tensor, averages: tuple[Tensor, Tensor] | None, plan: Plan, commitment: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lamkernels.steps.map_step`."""
-    return apply(MapStep, x, codebook, averages, plan, commitment)  # type: ignore[no-any-return]
+    constant: list[Tensor] = []
+    quantized, loss = apply(MapStep, x, codebook, averages, plan, commitment, constant)
+    perplexity, indices = constant
+    return quantized, loss, perplexity, indices
 
 
 class MapStep(torch.autograd.Function):
-    """x -> quantized, weighted commitment loss, perplexity, indices; updates codebook and averages."""
+    """x -> quantized, weighted commitment loss; puts perplexity and indices into ``constant``, and updates codebook and
+    averages.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codebook: Tensor, averages: tuple[Tensor, Tensor] | None, plan: Plan, commitment: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx: Any, x: Tensor, codebook: Tensor, averages: tuple[Tensor, Tensor] | None, plan: Plan, commitment: float,
+        constant: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         perplexity, loss = empty_loss(codebook), empty_loss(codebook)
         settings = {PERPLEXITY: perplexity.data_ptr(), LOSS_WEIGHT: bits(commitment)}
         if averages is not None:
@@ -175,14 +184,14 @@ class MapStep(torch.autograd.Function):
         if averages is not None and not codebook.is_inference():
             torch.autograd.graph.increment_version((codebook, *averages))  # autograd notices the update by it
         visible = visible_indices(indices, rows_in)
+        constant += perplexity, visible
         ctx.plan, ctx.commitment = plan, commitment
-        ctx.mark_non_differentiable(perplexity, visible)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, quantized, visible)
-        return quantized, loss, perplexity, visible
+        return quantized, loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_loss: Tensor | None, *_: None) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, grad_loss: Tensor | None) -> Any:
         x, quantized, indices = ctx.saved_tensors
         saved_in_place = x.is_contiguous() and quantized.is_contiguous() and indices.is_contiguous()
         if grad_loss is None:
@@ -192,7 +201,7 @@ class MapStep(torch.autograd.Function):
         else:
             pull = (x - quantized) * (grad_loss * (2 * ctx.commitment / x.numel()))
             grad_x = pull if grad is None else grad + pull
-        return grad_x, None, None, None, None
+        return grad_x, None, None, None, None, None
 
 
 def _pull_to_codes(ctx: Any, x: Tensor, quantized: Tensor, indices: Tensor, grad: Tensor, grad_loss: Tensor) -> Tensor:
