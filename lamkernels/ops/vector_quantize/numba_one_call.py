@@ -341,10 +341,9 @@ def _in_one_call(
     array = BackwardArray.from_buffer_copy(plan.backward)
     array[2], array[5], array[6] = (x if rows is None else rows).data_ptr(), codes.data_ptr(), indices.data_ptr()
     if grad_quantized is not None:
-        if grad_quantized.is_contiguous():
-            grad, array[11], array[12], array[13] = grad_quantized, x.numel() // plan.heads, dim, 1
-        else:
-            grad = grad_quantized.reshape(plan.heads, -1, dim)
+        grad = grad_quantized
+        if not grad.is_contiguous():
+            grad = grad.reshape(plan.heads, -1, dim)
             if grad.stride(-1) not in (0, 1):
                 grad = grad.contiguous()
             array[11], array[12], array[13] = grad.stride()
@@ -354,15 +353,12 @@ def _in_one_call(
             if residual_sums is None or not ctx.needs_input_grad[1] or not plan.pulls:
                 pull = torch.empty(indices.numel(), dim, dtype=ctx.computed, device="cpu")
                 array[23] = pull.data_ptr()
-    on_rows = _of_heads(grad_commitment, plan.heads, ctx.computed)
-    on_codes = on_rows
-    if grad_codebook_loss is not grad_commitment:
-        on_codes = _of_heads(grad_codebook_loss, plan.heads, ctx.computed)
-    array[14], array[15] = on_rows.data_ptr(), on_codes.data_ptr()
+    of_losses = [_of_heads(grad, plan.heads, ctx.computed) for grad in (grad_commitment, grad_codebook_loss)]
+    array[14], array[15] = (grad.data_ptr() for grad in of_losses)
     if weights != (1.0, 1.0):
         array[LOSS_WEIGHTS], array[LOSS_WEIGHTS + 1] = bits(weights[0]), bits(weights[1])
-    rows_in: Any = ctypes.c_int64(ctx.rows_in)
-    if plan.heads > 1:
+    rows_in = plan.all_rows
+    if ctx.rows_in < plan.indices.numel():
         rows_in = (ctypes.c_int64 * plan.heads)(*[ctx.rows_in] * plan.heads)
     array[16], array[18] = ctypes.addressof(rows_in), grad_x.data_ptr()
     if residual_sums is not None and ctx.needs_input_grad[1]:

@@ -95,9 +95,8 @@ def _through_noise(ctx: Any, kept: Tensor, indices: Tensor, noise: Tensor, grad:
     """The gradients of x and of the codebook, by one call for all rows."""
     plan, grad_x, grad_codebook = ctx.plan, empty_like(noise), torch.empty(*ctx.codes, dtype=ctx.computed, device="cpu")
     array, at, step = BackwardArray.from_buffer_copy(plan.backward), kept.data_ptr(), noise.nbytes
-    rows_in, nothing = ctypes.c_int64(ctx.rows_in), ZERO[ctx.computed].data_ptr()
+    rows_in = ctypes.c_int64(ctx.rows_in)
     array[2], array[5], array[6], array[7], array[9] = at, at + step, indices.data_ptr(), grad.data_ptr(), ctx.codes[0]
-    array[11], array[12], array[13], array[14], array[15] = noise.numel(), plan.dim, 1, nothing, nothing
     array[16], array[17], array[18] = ctypes.addressof(rows_in), at + 2 * step, grad_x.data_ptr()
     array[19], array[22] = grad_codebook.data_ptr(), noise.data_ptr()
     plan.call_backward(ctypes.addressof(array))
