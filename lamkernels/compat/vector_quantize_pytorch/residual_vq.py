@@ -203,9 +203,11 @@ class ResidualVQ(Delegating):
             shared._codebook.update_ema()
             shared.update_in_place_optimizer()
         if shared._codebook.has_dead_code_replacement:
-            rows = torch.stack(residuals, -2 if not self.accept_image_fmap else -1)
             if self.accept_image_fmap:  # (B, D, h, w, Q): upstream takes its last axis for the channels
-                rows = rows.movedim(1, -1)
+                rows = torch.stack(residuals, -1).movedim(1, -1)
+            else:  # upstream draws from the first sample only, or from its first row where a sample is one
+                rows = torch.stack([part[:1] for part in residuals], -2)
+                rows = rows[:, :1] if residuals[0].ndim == 2 else rows
             shared.expire_codes_(rows.reshape(rows.shape[0], -1, rows.shape[-1]))
 
     @classmethod
