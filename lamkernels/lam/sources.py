@@ -28,6 +28,7 @@ NAMES = {
     "actions": ("actions", "action"),
     "starts": ("starts",),
     "episodes": ("episodes", "episode_index"),
+    "exogenous": ("exogenous",),
 }
 VIDEOS = (".avi", ".mkv", ".mov", ".mp4", ".webm")
 ARRAYS = (".npy", ".npz", ".safetensors")
@@ -35,7 +36,7 @@ KINDS = (*ARRAYS, ".parquet", *VIDEOS)
 CHANNELS = (1, 3, 4)  # of images
 BATCH_ENTRIES = 2**22  # 16 MiB of float32
 
-Part = dict[str, Tensor]  # "rows" and perhaps "actions", "starts", "episodes": equally many consecutive rows of a file
+Part = dict[str, Tensor]  # "rows" and perhaps the other NAMES: equally many consecutive rows of a file
 
 
 class Batch(NamedTuple):
@@ -47,12 +48,15 @@ class Batch(NamedTuple):
         starts: (N,) bool: the first row of an episode. The first row of a file is one.
         actions: (N,) or (N, A), in the dtype of the file: what led from a row to the next; None where there are none.
         source: the file or the game.
+        exogenous: (N,) or (N, n), in the dtype of the file: the state of what the agent does not control; None where it
+            is not known.
     """
 
     rows: Tensor
     starts: Tensor
     actions: Tensor | None
     source: str
+    exogenous: Tensor | None = None
 
 
 class Skipped(NamedTuple):
@@ -66,9 +70,10 @@ class Source:
     """Batches of rows from files, folders and Atari games, one after another; it can be iterated over again.
 
     A file holds "rows", "frames", "features" or "observation.state", (T, ...), or a single array of any name. It may
-    hold "actions" or "action" (T, ...), and its episodes as "starts" (T,) bool or as "episodes" or "episode_index"
-    (T,) numbers; without them it is one episode. The Parquet files of LeRobot are read as they are, and the videos of
-    its data sets (:mod:`lamkernels.lam.lerobot`) with the actions and the episodes of their frames.
+    hold "actions" or "action" (T, ...), an "exogenous" state (T, ...), and its episodes as "starts" (T,) bool or as
+    "episodes" or "episode_index" (T,) numbers; without them it is one episode. The Parquet files of LeRobot are read as
+    they are, and the videos of its data sets (:mod:`lamkernels.lam.lerobot`) with the actions and the episodes of their
+    frames.
 
     A file that cannot be read, or whose rows have another length than those before, is reported in ``skipped`` and in
     the log, and the next one is taken. Rows that came out of it before it broke remain, and are an episode's beginning.
@@ -146,7 +151,7 @@ class Source:
                     if rows.shape[1] != width:
                         raise ValueError(f"its rows have {rows.shape[1]} entries, those before have {width}")
                     starts, episode = _starts(part, episode)
-                    yield Batch(rows, starts, part.get("actions"), source)
+                    yield Batch(rows, starts, part.get("actions"), source, part.get("exogenous"))
             except (ModuleNotFoundError, MemoryError):
                 raise
             except Exception as error:  # what a damaged file raises is up to the library that reads it

@@ -43,7 +43,7 @@ def write(path, **arrays):
 
 def read(source):
     """All rows, starts and actions of a source."""
-    rows, starts, actions, _ = zip(*source, strict=True)
+    rows, starts, actions, *_ = zip(*source, strict=True)
     return torch.cat(rows), torch.cat(starts), None if actions[0] is None else torch.cat(actions)
 
 
