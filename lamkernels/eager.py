@@ -23,6 +23,11 @@ def in_shape(fresh: Tensor, shape: Sequence[int]) -> Tensor:
     return reshaped
 
 
+def routed(quantized: Tensor, x: Tensor) -> Tensor:
+    """A straight-through result, which autograd knows only where it knows x: a learned codebook gets nothing by it."""
+    return quantized if x.requires_grad else quantized.detach()
+
+
 # Asked for before every small call, so looked up once.
 _compiling = torch.compiler.is_compiling
 _modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
