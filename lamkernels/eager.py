@@ -24,7 +24,7 @@ def in_shape(fresh: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def routed(quantized: Tensor, x: Tensor) -> Tensor:
-    """A straight-through result, with a gradient only where x has one: a codebook that learns gets nothing by it."""
+    """A straight-through result, which autograd knows only where it knows x: a learned codebook gets nothing by it."""
     return quantized if x.requires_grad else quantized.detach()
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -229,6 +230,9 @@ def test_leakage_is_what_latents_say_of_the_next_state_beyond_frame_and_state(tm
             encode(model, cached, pairs)._replace(latents=latents[pairs + 1][:, None]) for pairs in split(cached)[:2]
         ]
         assert low <= measure(model, cached, *sides)["exogenous"]["held_out"] <= high
+    still, unknown = (dataclasses.replace(cached, exogenous=torch.full((1500, 2), value)) for value in (5.0, torch.nan))
+    assert measure(model, still, *sides)["exogenous"] == {"leakage": 0, "held_out": 0}
+    assert measure(model, unknown, *sides)["exogenous"] is None
 
 
 def test_a_restart_forgets_at_once_and_other_data_are_refused(tmp_path, monkeypatch):

@@ -176,7 +176,11 @@ def _exogenous(cached: CachedFrames, fitted: Encoded, held_out: Encoded) -> dict
     state, lag = cached.exogenous, cached.data.lag
     if state is None:
         return None
-    state = state / state[state.isfinite()].std().clamp(min=1e-12)  # as large as the pixels beside it
+    known = ~state.isnan().any(1)
+    if int(known.sum()) < 2:
+        return None
+    state = state - state[known].mean(0)
+    state = state / state[known].square().mean().sqrt().clamp(min=1e-12)  # of the scale of the pixels beside it
     moments = []
     for side in (fitted, held_out):
         now, then = (state[side.first + step] for step in (0, lag))
