@@ -121,7 +121,7 @@ class VQEmbeddingEMA(Compat):
         z_q, commitment = _Commit.apply(x, quantized, out.commitment_loss)  # type: ignore[no-untyped-call]
         return (
             z_q,
-            self.cfg.commitment_cost * commitment,
+            self.cfg.commitment_cost * commitment.to(torch.promote_types(x.dtype, self.embedding.dtype)),
             torch.special.entr(usage).sum(-1).exp().sum(),
             out.indices.clamp(min=0).view(books, batch, height, width).permute(1, 0, 2, 3),
         )

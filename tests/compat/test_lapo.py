@@ -168,6 +168,12 @@ def test_checkpoints_load_strictly_both_ways():
     first.load_state_dict(second.state_dict())
 
 
+def test_a_module_in_bf16_evaluates_in_its_dtypes():
+    theirs, ours = (module.bfloat16().eval() for module in pair())
+    x = torch.randn(4, row_length(ours.cfg)).bfloat16()
+    assert [out.dtype for out in ours(x)] == [out.dtype for out in theirs(x)]
+
+
 def test_bf16_rows_with_codebooks_in_fp32():
     _, module = pair()
     z_q, loss, _, _ = module(torch.randn(8, 128).bfloat16())

@@ -149,6 +149,15 @@ def test_a_module_cast_to_double_and_autocast():
     torch.testing.assert_close(mine[1], theirs[1])
 
 
+@pytest.mark.parametrize("name", ["VectorQuantize", "ResidualVQ"])
+def test_a_module_cast_to_bf16_returns_upstreams_dtypes(name):
+    options = {"num_quantizers": 2} if name == "ResidualVQ" else {}
+    modules = [module.bfloat16() for module in paired(name, dim=8, codebook_size=16, **options)]
+    for training in (True, False):
+        mine, theirs = (module.train(training)(torch.randn(2, 20, 8).bfloat16()) for module in modules)
+        assert [t.dtype for t in mine] == [t.dtype for t in theirs]
+
+
 WEIGHTS = {
     "none": None,
     "a code": torch.linspace(0, 1, 16),

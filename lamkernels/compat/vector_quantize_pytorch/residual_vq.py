@@ -177,6 +177,7 @@ class ResidualVQ(Delegating):
             losses.append(loss)
         dropped = self.num_quantizers - len(chosen)
         all_indices, all_losses = torch.stack(chosen, -1), torch.stack(losses, -1)
+        all_losses = all_losses.to(torch.promote_types(all_losses.dtype, torch.float32))
         if dropped:
             all_indices, all_losses = F.pad(all_indices, (0, dropped), value=-1), F.pad(all_losses, (0, dropped))
         if self.training and self.shared_codebook:

@@ -352,7 +352,7 @@ class VectorQuantize(Delegating):
             loss = error.sum() / (mask.sum().clamp(min=1) * error.shape[-1])
         elif self.learnable_codebook and not frozen:
             loss = loss + (out.codebook_loss - out.codebook_loss.detach())
-        return loss.to(torch.promote_types(torch.float32, original.dtype))
+        return loss.to(torch.promote_types(self.zero.dtype, original.dtype))
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
