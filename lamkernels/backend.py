@@ -53,7 +53,7 @@ def resolve(backend: str, device_type: str) -> str:
     ``LAMKERNELS_BACKEND`` stands in for "auto" only.
     """
     if backend == "auto":
-        backend = os.environ.get("LAMKERNELS_BACKEND", "auto")
+        backend = os.environ["LAMKERNELS_BACKEND"] if _asked() else "auto"
     if backend == "auto":
         fast = "numba" if device_type == "cpu" else "triton"
         return fast if _status(fast).available else "reference"
@@ -65,6 +65,15 @@ def resolve(backend: str, device_type: str) -> str:
     if backend != "reference" and reason.startswith("CPU") != (device_type == "cpu"):
         raise ValueError(f"backend {backend!r} runs on {reason}, but x is on {device_type!r}")
     return backend
+
+
+# os.environ looks a variable up by an exception where it is not set, which is most of what a small call is asked.
+_variables: Any = getattr(os.environ, "_data", os.environ)
+_ASKED: Any = os.environ.encodekey("LAMKERNELS_BACKEND") if _variables is not os.environ else "LAMKERNELS_BACKEND"
+
+
+def _asked() -> bool:
+    return _ASKED in _variables
 
 
 def load_kernel(folder: str, name: str, backend: str, device: torch.device) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,13 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-
-# The dispatch keys of a dense tensor on the CPU, with and without autograd. One that lies elsewhere or otherwise, is
-# lazily negated or zero, or is wrapped by a function transform, also one that outlived it, has others.
-with torch.inference_mode():
-    ORDINARY = {torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
-with torch.inference_mode(False):
-    ORDINARY.add(torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
 
 
 def in_shape(fresh: Tensor, shape: Sequence[int]) -> Tensor:
@@ -31,24 +23,18 @@ def in_shape(fresh: Tensor, shape: Sequence[int]) -> Tensor:
     return reshaped
 
 
+def routed(quantized: Tensor, x: Tensor) -> Tensor:
+    """A straight-through result, which autograd knows only where it knows x: a learned codebook gets nothing by it."""
+    return quantized if x.requires_grad else quantized.detach()
+
+
 # Asked for before every small call, so looked up once.
 _compiling = torch.compiler.is_compiling
 _modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_transform, _tracing, _keys = (
-    torch._C._functorch.maybe_current_level, torch._C._get_tracing_state, torch._C._dispatch_keys,
-)  # fmt: skip
+_transform, _tracing = torch._C._functorch.maybe_current_level, torch._C._get_tracing_state
 
 
-@functools.cache
-def _ordinary_on_gpus() -> set[int]:
-    found = set()
-    for inference in (True, False):
-        with torch.inference_mode(inference):
-            found.add(torch._C._dispatch_keys(torch.empty(0, device="cuda")).raw_repr())
-    return found
-
-
-def is_plain(*tensors: object, device: str = "cpu") -> bool:
+def is_plain(*tensors: Any, device: str = "cpu") -> bool:
     """Whether these are ordinary CPU tensors and nothing watches or transforms the operators that they go through.
 
     Then an autograd function over a kernel does what the registered operator does, in half the time. Not so in compiled
@@ -61,14 +47,18 @@ def is_plain(*tensors: object, device: str = "cpu") -> bool:
         return False
     if _transform() is not None or _tracing() is not None:
         return False
-    ordinary = ORDINARY if device == "cpu" else _ordinary_on_gpus()
-    for tensor in tensors:
-        kind = type(tensor)
-        if kind is not Tensor and kind is not Parameter:
-            return False
-        assert isinstance(tensor, Tensor)
-        if _keys(tensor).raw_repr() not in ordinary:
-            return False
+    on_cpu = device == "cpu"
+    try:
+        for tensor in tensors:
+            kind = type(tensor)
+            if kind is not Tensor and kind is not Parameter:
+                return False
+            if not (tensor.is_cpu if on_cpu else tensor.is_cuda) or tensor.is_neg() or tensor.is_nested:
+                return False
+            if not tensor.data_ptr():  # nothing in it, or zeros that are not there
+                return False
+    except RuntimeError:  # no memory of its own: sparse, or wrapped by a transform, also one that outlived it
+        return False
     return True
 
 

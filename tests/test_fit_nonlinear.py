@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -45,7 +46,8 @@ def write_square(path, seed, actions=True, frames=FRAMES, side=SIDE):
     for t in range(frames):
         pixels[t, 6:10, place : place + 4] = 220
         place = (place + 2 * (moves[t] - 1)) % (side - 4)
-    np.savez(path, frames=pixels, **({"actions": moves} if actions else {}))
+    known = {"actions": moves, "exogenous": generator.normal(size=frames)} if actions else {}  # the latter is not seen
+    np.savez(path, frames=pixels, **known)
     return path
 
 
@@ -84,6 +86,7 @@ def test_the_latent_actions_of_a_moving_square(with_codes):
     assert another["error"] > inferred["error"] + 0.3  # of another pair, which in one of three cases moves alike
     assert inferred["psnr"] > copy["psnr"] + 3
     assert results["actions"]["held_out"] > 0.5 and results["actions"]["probe"]["accuracy"] > 0.8
+    assert abs(results["exogenous"]["held_out"]) < 0.15 and "exogenous leakage: " in printed
     assert results["loss"]["last"] < 0.5 < results["loss"]["first"]
     tensors, metadata = load_tensors(out / "model.safetensors")
     model = LatentActionModel(LAMConfig(**json.loads(metadata["config"])))
@@ -92,7 +95,7 @@ def test_the_latent_actions_of_a_moving_square(with_codes):
 
 def test_continuous_latents_without_actions(continuous):
     results = json.loads((continuous / "report.json").read_text())
-    assert results["codes"] is None and results["actions"] is None
+    assert results["codes"] is None and results["actions"] is None and results["exogenous"] is None
     assert "The data hold no actions" in (continuous / "report.html").read_text()
 
 
@@ -206,6 +209,30 @@ def test_frames_that_stand_still_do_not_blow_up_the_error(tmp_path):
     sides = [encode(model, cached, pairs) for pairs in (cached.data.pairs[:10], cached.data.pairs)]
     prediction = measure(model, cached, *sides)["prediction"]
     assert prediction["copy"]["error"] == pytest.approx(1) and prediction["under_inferred"]["error"] < 3
+
+
+def test_leakage_is_what_latents_say_of_the_next_state_beyond_frame_and_state(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.randn(1500, 2, generator=generator)
+    state = torch.zeros(1500, 2)
+    for t in range(1, 1500):
+        state[t] = 0.9 * state[t - 1] + eps[t]
+    state[700] = torch.nan  # not known there
+    frames = torch.randint(256, (1500, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+    for half, rows in enumerate((slice(0, 750), slice(750, None))):
+        np.savez(tmp_path / f"{half}.npz", frames=frames[rows].numpy(), exogenous=1e3 * state[rows].numpy())
+    cached = cached_frames(FramesConfig(tuple(str(tmp_path / f"{half}.npz") for half in (0, 1)), side=SIDE), tmp_path)
+    torch.testing.assert_close(cached.exogenous, 1e3 * state, equal_nan=True)
+    model = LatentActionModel(LAMConfig(size=SIDE, tokens=1, latent_dim=2, codebook_size=4)).eval()
+    noise = torch.randn(1500, 2, generator=generator)
+    for latents, low, high in ((eps, 0.99, 1.0), (eps + noise, 0.4, 0.6), (state.roll(1, 0).nan_to_num(), -0.1, 0.1)):
+        sides = [
+            encode(model, cached, pairs)._replace(latents=latents[pairs + 1][:, None]) for pairs in split(cached)[:2]
+        ]
+        assert low <= measure(model, cached, *sides)["exogenous"]["held_out"] <= high
+    still, unknown = (dataclasses.replace(cached, exogenous=torch.full((1500, 2), value)) for value in (5.0, torch.nan))
+    assert measure(model, still, *sides)["exogenous"] == {"leakage": 0, "held_out": 0}
+    assert measure(model, unknown, *sides)["exogenous"] is None
 
 
 def test_a_restart_forgets_at_once_and_other_data_are_refused(tmp_path, monkeypatch):

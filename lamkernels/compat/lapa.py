@@ -159,7 +159,7 @@ class NSVQ(Compat):
 
     def _draw(self, rows: Tensor) -> Tensor:
         if rows.is_cpu or self.device_noise:
-            return torch.randn(rows.shape, device=rows.device)
+            return torch.randn(*rows.shape, device=rows.device)
         return torch.randn(rows.shape, pin_memory=True).to(rows.device, non_blocking=True)
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lamkernels.compat.vector_quantizer2 import VectorQuantizer2Family, check_for_gumbel
+from lamkernels.eager import routed
 from lamkernels.functional import quantize_channels
 
 
@@ -61,7 +62,7 @@ class VectorQuantizer2(VectorQuantizer2Family):
             indices = self.remap_to_used(indices.reshape(z.shape[0], -1)).reshape(-1, 1)
         if self.sane_index_shape:
             indices = indices.reshape(z.shape[0], *z.shape[2:])
-        return z_q, loss if loss.dtype == z.dtype else loss.to(z.dtype), (None, None, indices)
+        return routed(z_q, z), loss if loss.dtype == z.dtype else loss.to(z.dtype), (None, None, indices)
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, ...] | None) -> Tensor:
         """The codes (..., D) of indices; with ``shape`` (b, h, w, D) as (b, D, h, w). ``remap`` needs the shape."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lamkernels.compat.base import Compat
 from lamkernels.compat.structure import beyond_lookup, difference
+from lamkernels.eager import routed
 from lamkernels.functional import nearest_code
 from lamkernels.steps import count_groups, gradient_step
 
@@ -58,7 +59,7 @@ class VectorQuantizer(Compat):
         counts = not self.training or self.code_restart
         if self._is_as_made():
             z_q, z, indices = gradient_step(x, self.codebook.weight, self.usage if counts else None)
-            return z_q, z, x, indices
+            return routed(z_q, x), z, x, indices
         indices = nearest_code(x, self.codebook.weight).clamp_(min=0)
         z = self.codebook(indices)
         if counts:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lamkernels.compat.base import Compat
 from lamkernels.compat.structure import beyond_lookup, difference
+from lamkernels.eager import routed
 from lamkernels.functional import quantize_with_loss
 
 
@@ -103,7 +104,7 @@ class VectorQuantizer2Family(Compat):
     def _quantize(self, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z as quantised rows in its shape, the weighted loss () and the indices (N,) int64."""
         quantized, indices, loss = quantize_with_loss(z, weight, *self._weights, whole_rows=True)
-        return quantized, loss if loss.dtype == z.dtype else loss.to(z.dtype), indices
+        return routed(quantized, z), loss if loss.dtype == z.dtype else loss.to(z.dtype), indices
 
     @property
     def _weights(self) -> tuple[float, float]:

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     factory, arguments, files = (options.pop(name) for name in ("encoder", "encoder_option", "codebook"))
     options["device"] = options["device"] or _default_device()
     try:
+        _check_device(options["device"])
         codebooks = [_codebook(name) for name in files]
         encoder = _encoder(factory, dict(arguments), options["device"])
         about = {"encoder": factory, "encoder_option": dict(arguments)}
@@ -107,6 +108,14 @@ def _default_device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device is {name!r}, which torch {torch.__version__} cannot use here: {reason}") from error
 
 
 def _encoder(name: str, arguments: dict[str, Any], device: str) -> Any:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+MOST_PROCESSES = 8  # without being asked: each has frames of its own
+
 
 def parser(module: str, description: str, out: str, names: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Options ``--out`` and ``--quick`` of ``python -m module`` and, of several experiments, their names.
@@ -38,6 +40,28 @@ def parser(module: str, description: str, out: str, names: Sequence[str] = ()) -
     made.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="default: %(default)s")
     made.add_argument("--quick", action="store_true", help="fewer points, seeds, samples and steps")
     return made
+
+
+def add_processes(made: argparse.ArgumentParser) -> None:
+    """The option ``--processes``; :func:`processes_of` says what it means."""
+    made.add_argument(
+        "--processes", type=int, metavar="P",
+        help=f"that train models, one each at a time; no number depends on it; default: one for each core that torch "
+        f"uses, up to {MOST_PROCESSES}, and one for a GPU",
+    )  # fmt: skip
+
+
+def processes_of(asked: int | None, device: str = "cpu") -> int:
+    """How many processes make the rows of an experiment, on one thread each.
+
+    Raises:
+        ValueError: fewer than one are asked for.
+    """
+    if asked is None:
+        return min(torch.get_num_threads(), MOST_PROCESSES) if device == "cpu" else 1
+    if asked < 1:
+        raise ValueError(f"--processes is {asked}; it must be at least 1")
+    return asked
 
 
 class RenderingError(RuntimeError):

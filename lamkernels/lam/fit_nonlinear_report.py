@@ -19,7 +19,7 @@ from lamkernels.lam.files import write_text
 from lamkernels.lam.fit_nonlinear_template import TEMPLATE
 from lamkernels.lam.fit_report import told_of_actions
 from lamkernels.lam.frame_cache import CachedFrames
-from lamkernels.lam.linear_metrics import probe_r2
+from lamkernels.lam.linear_metrics import exogenous_leakage, probe_r2
 from lamkernels.lam.model import LatentActionModel
 from lamkernels.lam.objectives import motion_errors, share_of_copying
 from lamkernels.lam.report import page
@@ -98,7 +98,9 @@ def measure(model: LatentActionModel, cached: CachedFrames, fitted: Encoded, hel
         :func:`lamkernels.lam.objectives.relative_motion_error`, "mse" in [0, 1] pixel units and "psnr" in dB; "codes"
         (:class:`lamkernels.lam.metrics.CodeUsage`, None without a codebook); "actions" as in the report of the linear
         model, given o at :data:`GIVEN_SIDE` pixels, with "probe", the accuracy of a linear classifier where actions
-        are integers; None without actions.
+        are integers; None without actions; "exogenous": "leakage", the share of the next exogenous state that z
+        explains, given o and the state before, and the same "held_out", by a ridge probe (None without such pairs);
+        None where no state is known.
     """
     side, name = (held_out, "held_out") if len(held_out.first) else (fitted, "fitted")
     return {
@@ -107,6 +109,7 @@ def measure(model: LatentActionModel, cached: CachedFrames, fitted: Encoded, hel
         "prediction": {"on": name, **_prediction(model, cached, side)},
         "codes": None if side.codes is None else _usage(side.codes, model.config.codebook_size),
         "actions": _actions(cached, fitted, held_out),
+        "exogenous": _exogenous(cached, fitted, held_out),
     }
 
 
@@ -149,19 +152,11 @@ def _usage(codes: Tensor, codebook_size: int) -> dict[str, Any]:
 def _actions(cached: CachedFrames, fitted: Encoded, held_out: Encoded) -> dict[str, Any] | None:
     if cached.action_rows is None:
         return None
-    moments, known = [], []
-    for side in (fitted, held_out):
-        rows = cached.action_rows[side.first]
-        kept = ~rows.isnan().any(1)
-        known.append(kept)
-        sums = Covariance(
-            {"o": 3 * GIVEN_SIDE**2, "z": side.latents[0].numel() if len(side.latents) else 1, "a": rows.shape[1]},
-            precision="exact",
-        )
-        for part in torch.split(kept.nonzero().squeeze(1), BATCH):
-            given = resize(cached.data.frames[side.first[part]], GIVEN_SIDE).flatten(1).float() / 255
-            sums.update({"o": given, "z": side.latents[part].flatten(1), "a": rows[part]})
-        moments.append(sums)
+    rows = cached.action_rows
+    known = [~rows[side.first].isnan().any(1) for side in (fitted, held_out)]
+    moments = [
+        _moments(cached, side, kept, rows[side.first]) for side, kept in zip((fitted, held_out), known, strict=True)
+    ]
     if moments[0].count < 2:
         return None
     told = told_of_actions(moments[0], moments[1] if moments[1].count > 1 else None)
@@ -177,9 +172,44 @@ def _actions(cached: CachedFrames, fitted: Encoded, held_out: Encoded) -> dict[s
     return told | {"probe": probe}
 
 
+def _exogenous(cached: CachedFrames, fitted: Encoded, held_out: Encoded) -> dict[str, Any] | None:
+    state, lag = cached.exogenous, cached.data.lag
+    if state is None:
+        return None
+    known = ~state.isnan().any(1)
+    if int(known.sum()) < 2:
+        return None
+    state = state - state[known].mean(0)
+    state = state / state[known].square().mean().sqrt().clamp(min=1e-12)  # of the scale of the pixels beside it
+    moments = []
+    for side in (fitted, held_out):
+        now, then = (state[side.first + step] for step in (0, lag))
+        moments.append(_moments(cached, side, ~(now.isnan() | then.isnan()).any(1), then, now))
+    if moments[0].count < 2:
+        return None
+    train, test = moments
+    return {
+        "leakage": exogenous_leakage(train, eps="a"),
+        "held_out": probe_r2(train, test, "a") if test.count > 1 else None,
+    }
+
+
+def _moments(
+    cached: CachedFrames, side: Encoded, kept: Tensor, asked: Tensor, given: Tensor | None = None
+) -> Covariance:
+    """Of the kept (P,) pairs of a side: o, the frame at a few pixels and what else is given; z; and what is asked."""
+    given = torch.zeros(len(kept), 0) if given is None else given
+    latent = side.latents[0].numel() if len(side.latents) else 1
+    sums = Covariance({"o": 3 * GIVEN_SIDE**2 + given.shape[1], "z": latent, "a": asked.shape[1]}, precision="exact")
+    for part in torch.split(kept.nonzero().squeeze(1), BATCH):
+        o = resize(cached.data.frames[side.first[part]], GIVEN_SIDE).flatten(1).float() / 255
+        sums.update({"o": torch.cat([o, given[part]], 1), "z": side.latents[part].flatten(1), "a": asked[part]})
+    return sums
+
+
 def verdict(results: dict[str, Any]) -> list[Line]:
     """What to make of the numbers, whichever way they went."""
-    prediction, codes, actions = results["prediction"], results["codes"], results["actions"]
+    prediction, codes, actions, exogenous = (results[name] for name in ("prediction", "codes", "actions", "exogenous"))
     error, other = (prediction[name]["error"] for name in ("under_inferred", "under_another"))
     pairs = "held-out pairs" if prediction["on"] == "held_out" else "the pairs that it was trained on"
     moving = "where pixels that move count most"
@@ -199,10 +229,14 @@ def verdict(results: dict[str, Any]) -> list[Line]:
     lines.append(Line(text, other > error + LITTLE))
     if codes is not None and codes["words"] == 1:
         lines.append(Line("All pairs have the same codes: the codebook has collapsed.", False))
-    if actions is None:
+    if exogenous is not None:
+        leakage = _leakage(exogenous)
+        lines.append(Line(f"They explain {max(leakage, 0):.0%} of what the exogenous state does next, given the frame "
+                          "and the state before: that leaks.", leakage < 0.1))  # fmt: skip
+    if actions is None and exogenous is None:
         lines.append(Line("The data hold no actions, so nothing can be measured of what the latent actions say: judge "
                           "by the figures.", True))  # fmt: skip
-    else:
+    elif actions is not None:
         recovery, unexplained = _told(actions)
         lines.append(
             Line(f"They explain {max(recovery, 0):.0%} of the action, given the frame; the action leaves "
@@ -217,6 +251,11 @@ def _told(actions: dict[str, Any]) -> tuple[float, float]:
     if actions["held_out"] is None:
         return actions["recovery"], actions["unexplained_latent"]
     return actions["held_out"], actions["unexplained_held_out"]
+
+
+def _leakage(exogenous: dict[str, Any]) -> float:
+    leakage: float = exogenous["leakage" if exogenous["held_out"] is None else "held_out"]
+    return leakage
 
 
 def table(results: dict[str, Any]) -> list[Row]:
@@ -250,6 +289,16 @@ def table(results: dict[str, Any]) -> list[Row]:
         if actions["probe"] is not None:
             note = f"held out; the commonest action alone: {actions['probe']['majority_accuracy']:.1%}"
             rows.append(Row("actions named by a linear probe", f"{actions['probe']['accuracy']:.1%}", note))
+    if results["exogenous"] is not None:
+        known = results["exogenous"]
+        on = (
+            "no held-out pairs"
+            if known["held_out"] is None
+            else f"held out; on the fitted pairs {known['leakage']:.3f}"
+        )
+        rows.append(
+            Row("exogenous leakage", f"{_leakage(known):.3f}", f"share of the next state that z explains; {on}")
+        )
     return rows
 
 

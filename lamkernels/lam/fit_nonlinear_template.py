@@ -78,6 +78,9 @@ percentile of how much changes.</p>
 little moves a copy is hard to beat</dd>
 <dt>actions</dt><dd>ridge probes on the latent action given o, the frame at {{ results.given_side }} pixels squared,
   fitted on the fitted pairs and tested on the held-out ones</dd>
+{% if results.exogenous %}
+<dt>leakage</dt><dd>the same of the exogenous state of the next frame, given that of the frame too</dd>
+{% endif %}
 <dt>model</dt><dd>{{ results.config.model.bottleneck }} bottleneck, {{ results.config.model.tokens }} tokens of
 {{ results.config.model.latent_dim }} dimensions, seed {{ results.config.training.seed }};
 <code>model.safetensors</code></dd>

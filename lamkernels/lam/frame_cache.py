@@ -26,7 +26,7 @@ from lamkernels.validation import check_integer, check_positive
 
 log = logging.getLogger(__name__)
 
-FORMAT = "lamkernels frame cache 1"
+FORMAT = "lamkernels frame cache 2"
 PIXELS, INDEX = "frames.u8", "frames.safetensors"
 CHUNK = 2**24  # bytes
 
@@ -87,12 +87,15 @@ class CachedFrames:
     Attributes:
         data: its ``frames`` are mapped from the file; its ``actions`` are −1 where actions are not integers.
         action_rows: (T, A) float32: the actions, integers one-hot; NaN where there is none. None without any.
+        exogenous: (T, n) float32: the state of what the agent does not control, NaN where it is not known. None without
+            any.
         parts: the sources, in order, without those of no frame.
         skipped: what was not read to its end: (source, reason).
     """
 
     data: FrameData
     action_rows: Tensor | None
+    exogenous: Tensor | None
     parts: tuple[Part, ...]
     skipped: tuple[tuple[str, str], ...]
 
@@ -106,6 +109,7 @@ class _Index:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     starts: list[Tensor] = field(default_factory=list)
     actions: list[Tensor | None] = field(default_factory=list)  # (N, A) of as many frames as the starts, or None
+    exogenous: list[Tensor | None] = field(default_factory=list)  # (N, n), the same
     integers: bool = False  # the actions are
 
     @property
@@ -175,13 +179,14 @@ def _add(
     try:
         for batch in source.frames():
             frames = batch.rows[: limit - start - count]
-            actions = _checked(config, index, batch.actions)
+            actions, state = _checked(config, index, batch.actions), _checked_state(index, batch.exogenous)
             pixels = frames.contiguous().numpy().tobytes()
             file.write(pixels)
             digest.update(pixels)
             count += len(frames)
             index.starts.append(batch.starts[: len(frames)])
             index.actions.append(None if actions is None else actions[: len(frames)])
+            index.exogenous.append(None if state is None else state[: len(frames)])
             tell(len(frames))
             if len(frames) < len(batch.rows):
                 index.skipped.append((name, f"from frame {count} on: {_full(config, limit)}"))
@@ -198,7 +203,7 @@ def _checked(config: FramesConfig, index: _Index, actions: Tensor | None) -> Ten
     if actions is None:
         return None
     rows = action_rows(actions, config.num_actions).float()
-    width = next((known.shape[1] for known in index.actions if known is not None), None)
+    width = _width(index.actions)
     integers = not actions.is_floating_point() and actions[0].numel() == 1
     if width is not None and (rows.shape[1] != width or integers != index.integers):
         raise UnfitError(f"its actions have {rows.shape[1]} entries, those before {width}")
@@ -206,6 +211,20 @@ def _checked(config: FramesConfig, index: _Index, actions: Tensor | None) -> Ten
     if integers:  # −1, no action, is zeros
         rows = rows.where(rows.any(1, keepdim=True), torch.nan)
     return rows
+
+
+def _checked_state(index: _Index, state: Tensor | None) -> Tensor | None:
+    """The exogenous state (N, n) of a batch, which goes with those before."""
+    if state is None:
+        return None
+    rows, width = state.reshape(len(state), -1).float(), _width(index.exogenous)
+    if width is not None and rows.shape[1] != width:
+        raise UnfitError(f"its exogenous state has {rows.shape[1]} entries, those before {width}")
+    return rows.where(rows.isfinite(), torch.nan)
+
+
+def _width(known: list[Tensor | None]) -> int | None:
+    return next((rows.shape[1] for rows in known if rows is not None), None)
 
 
 def _full(config: FramesConfig, limit: int) -> str:
@@ -218,7 +237,7 @@ def _opened(config: FramesConfig, path: Path, index: _Index) -> CachedFrames:
         raise ValueError(f"no frames could be read; {reasons or 'the sources are empty'}")
     count = index.frames
     frames = torch.from_file(str(path), size=count * config.frame_bytes, dtype=torch.uint8)  # read, never written
-    rows, numbers = _joined_actions(index), torch.full((count,), -1)
+    rows, numbers = _joined(index.starts, index.actions), torch.full((count,), -1)
     if rows is not None and index.integers:
         known = ~rows.isnan().any(1)
         numbers[known] = rows[known].argmax(1)
@@ -226,17 +245,19 @@ def _opened(config: FramesConfig, path: Path, index: _Index) -> CachedFrames:
         frames.view(count, 3, config.side, config.side), numbers, torch.cat(index.starts),
         _action_names(config, index), config, config.lag,
     )  # fmt: skip
-    return CachedFrames(data, rows, tuple(index.parts), tuple(index.skipped))
+    state = _joined(index.starts, index.exogenous)
+    return CachedFrames(data, rows, state, tuple(index.parts), tuple(index.skipped))
 
 
-def _joined_actions(index: _Index) -> Tensor | None:
-    width = next((rows.shape[1] for rows in index.actions if rows is not None), None)
+def _joined(starts: list[Tensor], known: list[Tensor | None]) -> Tensor | None:
+    """What is known of all frames, NaN where it is not."""
+    width = _width(known)
     if width is None:
         return None
     return torch.cat(
         [
-            torch.full((len(starts), width), torch.nan) if rows is None else rows
-            for starts, rows in zip(index.starts, index.actions, strict=True)
+            torch.full((len(own), width), torch.nan) if rows is None else rows
+            for own, rows in zip(starts, known, strict=True)
         ]
     )
 
@@ -252,10 +273,11 @@ def _action_names(config: FramesConfig, index: _Index) -> tuple[str, ...]:
 
 
 def _save(path: Path, stamp: str, index: _Index) -> None:
-    rows = _joined_actions(index)
     tensors = {"starts": torch.cat([torch.zeros(0, dtype=torch.bool), *index.starts])}
-    if rows is not None:
-        tensors["actions"] = rows
+    for name, known in (("actions", index.actions), ("exogenous", index.exogenous)):
+        rows = _joined(index.starts, known)
+        if rows is not None:
+            tensors[name] = rows
     state = {"done": index.done, "integers": index.integers, "skipped": index.skipped,
              "parts": [asdict(part) for part in index.parts]}  # fmt: skip
     save_tensors(path, tensors, {"stamp": stamp, "index": json.dumps(state)})
@@ -275,7 +297,8 @@ def _load(folder: Path, stamp: str, restart: bool) -> _Index:
     state: dict[str, Any] = json.loads(metadata["index"])
     parts = [Part(**part) for part in state["parts"]]
     return _Index(state["done"], parts, [(source, reason) for source, reason in state["skipped"]],
-                  [tensors["starts"]], [tensors.get("actions")], state["integers"])  # fmt: skip
+                  [tensors["starts"]], [tensors.get("actions")], [tensors.get("exogenous")],
+                  state["integers"])  # fmt: skip
 
 
 def _sound(path: Path, index: _Index, frame_bytes: int) -> bool:

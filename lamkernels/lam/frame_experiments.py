@@ -233,10 +233,12 @@ def _measured(decode: Callable[[Tensor, Tensor], Tensor], latents: Latents, scen
 
 
 def rows_of(
-    controls: FrameControls, journal: Path | None = None, *, folder: Path | None = None, progress: bool = False
-) -> list[Row]:
+    controls: FrameControls, journal: Path | None = None,
+    *, folder: Path | None = None, processes: int = 1, progress: bool = False,
+) -> list[Row]:  # fmt: skip
     """All rows of an experiment: :func:`lamkernels.lam.journal.kept_rows`."""
-    return kept_rows(controls, list(points(controls)), Runner(controls, folder).run, journal, progress=progress)
+    run = Runner(controls, folder).run
+    return kept_rows(controls, list(points(controls)), run, journal, processes=processes, progress=progress)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -249,15 +251,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--large", action="store_true", help="more and larger frames, wider models: for a GPU")
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:N]; default: %(default)s")
+    commands.add_processes(parser)
     options = parser.parse_args(argv)
 
     def work() -> None:
-        run(options.names, options.out, quick=options.quick, large=options.large, device=options.device)
+        run(
+            options.names, options.out, quick=options.quick, large=options.large, device=options.device,
+            processes=options.processes,
+        )  # fmt: skip
 
     return commands.status(parser, work)
 
 
-def run(names: Sequence[str], out: Path, *, quick: bool = False, large: bool = False, device: str = "cpu") -> None:
+def run(
+    names: Sequence[str], out: Path,
+    *, quick: bool = False, large: bool = False, device: str = "cpu", processes: int | None = None,
+) -> None:  # fmt: skip
     """Writes ``frames-NAME.csv``, ``.png`` and, with its controls, ``.json`` for each experiment.
 
     Args:
@@ -266,6 +275,7 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False, large: bool = F
         quick: fewer points, seeds, frames and steps.
         large: :meth:`FrameControls.large`; with ``quick``, that in small.
         device: that trains: "cpu" or "cuda[:N]".
+        processes: :func:`lamkernels.lam.commands.processes_of`.
 
     Raises:
         ModuleNotFoundError: ale-py, dm_control, matplotlib, safetensors or tqdm is not installed.
@@ -274,6 +284,7 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False, large: bool = F
         ValueError: a run with other controls was stopped in ``out``, or there is no such device.
     """
     commands.device_named(device)
+    processes = commands.processes_of(processes, device)
     chosen = {name: replace(CONTROLS[name], device=device) for name in names}
     games = [isinstance(controls.data, GameData) for controls in chosen.values()]
     commands.need("matplotlib", "safetensors", "tqdm", *(["ale_py"] if any(games) else []))
@@ -282,7 +293,7 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False, large: bool = F
         check_rendering()
     if large:
         chosen = {name: controls.large() for name, controls in chosen.items()}
-    write_experiments(names, out, chosen, rows_of, DRAW, quick=quick, prefix="frames-")
+    write_experiments(names, out, chosen, rows_of, DRAW, quick=quick, processes=processes, prefix="frames-")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -195,10 +195,11 @@ class TaskData:
             latent_dim: k of the eigenvalue that a ratio is of.
             folder: unused, nothing is kept.
         """
-        return lambda seed, place: _task_scene(self, latent_dim, seed, str(dict(place)["difficulty"]))
+        return partial(_task_scene, self, latent_dim)
 
 
-def _task_scene(c: TaskData, k: int, seed: int, difficulty: str) -> Scene:
+def _task_scene(c: TaskData, k: int, seed: int, place: Place) -> Scene:
+    difficulty = str(dict(place)["difficulty"])
     config = ControlConfig(
         c.domain, c.task, c.transitions, c.episode, c.detail * c.size, seed, c.action_repeat, mean_hold=1.0,
         difficulty=difficulty, views=True, view_kind="both", side=c.side, shadows=False, smooth=False, stops=True,

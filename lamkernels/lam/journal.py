@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -10,29 +11,33 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lamkernels.lam import commands
 from lamkernels.lam.effects import effects
 from lamkernels.lam.experiments import to_csv, write
 from lamkernels.lam.files import write_text
+from lamkernels.lam.workers import each
 
 Row = dict[str, Any]
 P = TypeVar("P")
 
 
 def kept_rows(
-    controls: Any, points: Sequence[P], run: Callable[[P], Row], journal: Path | None = None, *, progress: bool = False
-) -> list[Row]:
-    """A row for each point, in their order, made on one thread: the same controls give the same numbers.
+    controls: Any, points: Sequence[P], run: Callable[[P], Row], journal: Path | None = None,
+    *, processes: int = 1, progress: bool = False,
+) -> list[Row]:  # fmt: skip
+    """A row for each point, in their order, each made on one thread: the same controls give the same numbers.
 
     Args:
         controls: dataclass of everything that the rows depend on.
         points: dataclasses, no two equal.
-        run: makes the row of a point, of what JSON can hold.
+        run: makes the row of a point, of what JSON can hold, and depends on nothing but the point; several processes
+            get a pickle of it each.
         journal: where each row is kept as a line of JSON as soon as it is there; rows that an earlier run with the same
             controls left there are not made again.
+        processes: that make rows; the rows do not depend on it, a point has seeds of its own.
         progress: show a progress bar.
 
     Raises:
+        ChildProcessError: one of the processes was killed.
         ValueError: the journal has rows of other controls.
     """
     from tqdm import tqdm
@@ -43,22 +48,28 @@ def kept_rows(
         known = _read(journal, head)
         if not known:
             write_text(journal, head + "\n")
-    found = []
-    with commands.one_thread():
-        for point in tqdm(points, unit="model", disable=not progress):
-            key = json.dumps(asdict(point))
-            if key not in known:
-                known[key] = run(point)
-                if journal is not None:
-                    with journal.open("a") as lines:
-                        lines.write(json.dumps([key, known[key]]) + "\n")
-            found.append(known[key])
-    return found
+    keys = [_key(point) for point in points]
+    left = [point for key, point in zip(keys, points, strict=True) if key not in known]
+    with (
+        contextlib.closing(each(run, left, processes)) as made,
+        tqdm(total=len(points), initial=len(known), unit="model", disable=not progress) as bar,
+    ):
+        for point, row in made:
+            known[_key(point)] = row
+            if journal is not None:
+                with journal.open("a") as lines:
+                    lines.write(json.dumps([_key(point), row]) + "\n")
+            bar.update()
+    return [known[key] for key in keys]
+
+
+def _key(point: Any) -> str:
+    return json.dumps(asdict(point))
 
 
 def write_experiments(
     names: Sequence[str], out: Path, controls: Mapping[str, Any], rows_of: Callable[..., list[Row]],
-    draw: Mapping[str, Callable[[list[Row]], bytes]], *, quick: bool, prefix: str = "",
+    draw: Mapping[str, Callable[[list[Row]], bytes]], *, quick: bool, processes: int = 1, prefix: str = "",
 ) -> None:  # fmt: skip
     """Writes ``PREFIXNAME.csv``, ``.png`` and, with its controls, ``.json`` for each experiment.
 
@@ -68,9 +79,11 @@ def write_experiments(
         names: of ``controls``.
         out: folder.
         controls: of each experiment, with a method ``quick()``.
-        rows_of: makes the rows, by :func:`kept_rows`, of its arguments controls, journal and ``progress``.
+        rows_of: makes the rows, by :func:`kept_rows`, of its arguments controls, journal, ``processes`` and
+            ``progress``.
         draw: makes the figure of each experiment.
         quick: fewer and smaller.
+        processes: that make rows.
         prefix: of the names of the files.
 
     Raises:
@@ -83,7 +96,7 @@ def write_experiments(
         place = out / f"{prefix}{name}"
         journal = place.with_name(f"{place.name}.jsonl")
         chosen = controls[name].quick() if quick else controls[name]
-        rows = rows_of(chosen, journal, progress=sys.stderr.isatty())
+        rows = rows_of(chosen, journal, processes=processes, progress=sys.stderr.isatty())
         write_text(place.with_name(f"{place.name}.json"), json.dumps(asdict(chosen), indent=1) + "\n")
         changes = effects(rows)
         if changes:

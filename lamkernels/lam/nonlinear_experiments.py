@@ -197,19 +197,12 @@ class Runner:
         return SampleMoments(**known, z=latent("o", "o_next"), z_view=latent("o_view", "o_next_view"))
 
 
-def rows_of(controls: NonlinearControls, journal: Path | None = None, *, progress: bool = False) -> list[Row]:
-    """All rows of an experiment, on one thread: the same controls give the same numbers.
-
-    Args:
-        controls: of the experiment.
-        journal: where each row is kept as a line of JSON as soon as it is there; rows that an earlier run with the same
-            controls left there are not made again.
-        progress: show a progress bar.
-
-    Returns:
-        A row for each of :func:`points`, in their order.
-    """
-    return kept_rows(controls, list(points(controls)), Runner(controls).run, journal, progress=progress)
+def rows_of(
+    controls: NonlinearControls, journal: Path | None = None, *, processes: int = 1, progress: bool = False
+) -> list[Row]:
+    """All rows of an experiment: :func:`lamkernels.lam.journal.kept_rows`."""
+    run = Runner(controls).run
+    return kept_rows(controls, list(points(controls)), run, journal, processes=processes, progress=progress)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,17 +213,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         "nonlinear-lam",
         tuple(CONTROLS),
     )
+    commands.add_processes(parser)
     options = parser.parse_args(argv)
-    return commands.status(parser, lambda: run(options.names, options.out, quick=options.quick))
+
+    def work() -> None:
+        run(options.names, options.out, quick=options.quick, processes=options.processes)
+
+    return commands.status(parser, work)
 
 
-def run(names: Sequence[str], out: Path, *, quick: bool = False) -> None:
+def run(names: Sequence[str], out: Path, *, quick: bool = False, processes: int | None = None) -> None:
     """Writes ``NAME.csv`` and ``NAME.png`` for each experiment.
 
     Args:
         names: of :data:`CONTROLS`.
         out: folder; while an experiment runs, its rows are in ``NAME.jsonl`` there.
         quick: fewer points, seeds, samples and steps.
+        processes: :func:`lamkernels.lam.commands.processes_of`.
 
     Raises:
         ModuleNotFoundError: matplotlib or tqdm is not installed.
@@ -238,7 +237,8 @@ def run(names: Sequence[str], out: Path, *, quick: bool = False) -> None:
         ValueError: a run with other controls was stopped in ``out``.
     """
     commands.need("matplotlib", "tqdm")
-    write_experiments(names, out, CONTROLS, rows_of, DRAW, quick=quick)
+    processes = commands.processes_of(processes)
+    write_experiments(names, out, CONTROLS, rows_of, DRAW, quick=quick, processes=processes)
 
 
 if __name__ == "__main__":

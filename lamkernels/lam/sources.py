@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lamkernels.lam import lerobot
 from lamkernels.lam.data import DataConfig, play, resize
-from lamkernels.lam.parquet import package, parquet_parts
+from lamkernels.lam.parquet import parquet_parts
+from lamkernels.lam.videos import VIDEOS, video_parts
 from lamkernels.validation import check_integer
 
 log = logging.getLogger(__name__)
@@ -28,14 +29,14 @@ NAMES = {
     "actions": ("actions", "action"),
     "starts": ("starts",),
     "episodes": ("episodes", "episode_index"),
+    "exogenous": ("exogenous",),
 }
-VIDEOS = (".avi", ".mkv", ".mov", ".mp4", ".webm")
 ARRAYS = (".npy", ".npz", ".safetensors")
 KINDS = (*ARRAYS, ".parquet", *VIDEOS)
 CHANNELS = (1, 3, 4)  # of images
 BATCH_ENTRIES = 2**22  # 16 MiB of float32
 
-Part = dict[str, Tensor]  # "rows" and perhaps "actions", "starts", "episodes": equally many consecutive rows of a file
+Part = dict[str, Tensor]  # "rows" and perhaps the other NAMES: equally many consecutive rows of a file
 
 
 class Batch(NamedTuple):
@@ -47,12 +48,15 @@ class Batch(NamedTuple):
         starts: (N,) bool: the first row of an episode. The first row of a file is one.
         actions: (N,) or (N, A), in the dtype of the file: what led from a row to the next; None where there are none.
         source: the file or the game.
+        exogenous: (N,) or (N, n), in the dtype of the file: the state of what the agent does not control; None where it
+            is not known.
     """
 
     rows: Tensor
     starts: Tensor
     actions: Tensor | None
     source: str
+    exogenous: Tensor | None = None
 
 
 class Skipped(NamedTuple):
@@ -66,9 +70,10 @@ class Source:
     """Batches of rows from files, folders and Atari games, one after another; it can be iterated over again.
 
     A file holds "rows", "frames", "features" or "observation.state", (T, ...), or a single array of any name. It may
-    hold "actions" or "action" (T, ...), and its episodes as "starts" (T,) bool or as "episodes" or "episode_index"
-    (T,) numbers; without them it is one episode. The Parquet files of LeRobot are read as they are, and the videos of
-    its data sets (:mod:`lamkernels.lam.lerobot`) with the actions and the episodes of their frames.
+    hold "actions" or "action" (T, ...), an "exogenous" state (T, ...), and its episodes as "starts" (T,) bool or as
+    "episodes" or "episode_index" (T,) numbers; without them it is one episode. The Parquet files of LeRobot are read as
+    they are, and the videos of its data sets (:mod:`lamkernels.lam.lerobot`) with the actions and the episodes of their
+    frames.
 
     A file that cannot be read, or whose rows have another length than those before, is reported in ``skipped`` and in
     the log, and the next one is taken. Rows that came out of it before it broke remain, and are an episode's beginning.
@@ -146,7 +151,7 @@ class Source:
                     if rows.shape[1] != width:
                         raise ValueError(f"its rows have {rows.shape[1]} entries, those before have {width}")
                     starts, episode = _starts(part, episode)
-                    yield Batch(rows, starts, part.get("actions"), source)
+                    yield Batch(rows, starts, part.get("actions"), source, part.get("exogenous"))
             except (ModuleNotFoundError, MemoryError):
                 raise
             except Exception as error:  # what a damaged file raises is up to the library that reads it
@@ -155,15 +160,16 @@ class Source:
 
     def _parts(self, source: str) -> Iterator[Part]:
         path = Path(source)
+        suffix = path.suffix.lower()
         if source in self._games:
             return self._game(self._games[source])
-        if path.suffix in VIDEOS:
-            parts = _video(path, self._side, self._batch_entries)
+        if suffix in VIDEOS:
+            parts = video_parts(path, self._side, self._batch_entries)
             root = lerobot.root_of(path)
             if root is None:
                 return parts
             return lerobot.paired(parts, root, path, self._names["actions"], "actions" in self._asked)
-        if path.suffix == ".parquet":
+        if suffix == ".parquet":
             return parquet_parts(path, self._chosen, self._batch_entries)
         return self._array_file(path)
 
@@ -192,7 +198,8 @@ class Source:
 
     def _array_file(self, path: Path) -> Iterator[Part]:
         with ExitStack() as stack:
-            arrays = {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors}[path.suffix](path, stack)
+            opened = {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors}[path.suffix.lower()]
+            arrays = opened(path, stack)
             chosen = self._chosen(arrays, single=True)
             yield from self._slices({kind: arrays[name]() for kind, name in chosen.items()})
 
@@ -236,15 +243,19 @@ def _files(path: str, rows: str | None, camera: str | None) -> list[str]:
     if lerobot.is_dataset(Path(path)):
         return lerobot.files(Path(path), rows=rows, camera=camera)
     if Path(path).is_dir():
-        files = sorted(str(file) for file in Path(path).iterdir() if file.suffix in KINDS and file.is_file())
+        files = sorted(str(file) for file in Path(path).iterdir() if _known(file) and file.is_file())
         if not files:
             raise ValueError(f"the folder {path} has no file of the kinds {', '.join(KINDS)}")
         return files
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
-    if Path(path).suffix not in KINDS:
+    if not _known(Path(path)):
         raise ValueError(f"the file {path} is of no known kind; these are {', '.join(KINDS)}")
     return [path]
+
+
+def _known(file: Path) -> bool:
+    return file.suffix.lower() in KINDS  # cameras write .MP4
 
 
 def _as_rows(values: Tensor) -> Tensor:
@@ -360,20 +371,3 @@ def _open_safetensors(path: Path, stack: ExitStack) -> Arrays:
         return Array(tuple(values.get_shape()), _slicer(values))
 
     return {name: partial(array, name) for name in file.keys()}  # noqa: SIM118
-
-
-def _video(path: Path, side: int, entries: int) -> Iterator[Part]:
-    """Every frame of the first video stream, RGB, (N, side, side, 3) uint8."""
-    av = package("av", "av", path)
-    frames: list[Tensor] = []
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError("it has no video stream")
-        for frame in container.decode(video=0):
-            pixels = frame.to_ndarray(width=side, height=side, format="rgb24", interpolation="AREA")
-            frames.append(torch.from_numpy(pixels))
-            if (len(frames) + 1) * pixels.size > entries:
-                yield {"rows": torch.stack(frames)}
-                frames.clear()
-    if frames:
-        yield {"rows": torch.stack(frames)}

@@ -11,7 +11,7 @@ from lamkernels.bench.stock import lapo as plain_lapo
 from lamkernels.bench.stock import univla as plain_univla
 from parity import Trace, both, no_host_sync
 
-from lamkernels.compat import lapa, lapo, univla
+from lamkernels.compat import lapa, lapo, moto, taming, univla, vector_quantize_pytorch, villa_x
 
 CASES = {
     "lapa": (lapa.NSVQ, lambda: plain_lapa.NSVQ(12, 8, 6, code_seq_len=4, patch_size=1, image_size=8)),
@@ -61,6 +61,23 @@ def test_no_step_waits_for_a_device(case):
     with Trace() as trace:
         torch.ones(3)[torch.ones(3) > 0].sum().item()
     assert len(trace.waiting) == 2  # it sees what it should
+
+
+@pytest.mark.parametrize("name", ["univla", "villa_x", "moto", "taming", "vector_quantize_pytorch"])
+def test_only_the_loss_follows_the_codebook_where_the_input_has_no_gradient(name):
+    """z + (q − z).detach() has a gradient where z has; one of zeros would make an optimiser move the codebook."""
+    module = {
+        "univla": lambda: univla.VectorQuantizer(16, 8),
+        "villa_x": lambda: villa_x.VectorQuantizer2(16, 8, 0.25),
+        "moto": lambda: moto.VectorQuantizer2(16, 8, 0.25),
+        "taming": lambda: taming.VectorQuantizer2(16, 8, 0.25),
+        "vector_quantize_pytorch": lambda: vector_quantize_pytorch.SimVQ(8, 16),
+    }[name]()
+    x = torch.randn(2, 8, 3, 4) if name == "taming" else torch.randn(2, 3, 8)
+    z_q, *others = module(x)
+    taught = others[{"univla": 0, "villa_x": 0, "taming": 0}.get(name, 1)]
+    assert not z_q.requires_grad and taught.requires_grad
+    assert module(x.requires_grad_())[0].requires_grad
 
 
 def test_other_classes_of_the_name_are_refused(case):

@@ -87,6 +87,18 @@ def test_a_hundred_steps_of_training(one_thread):
     torch.testing.assert_close(state, stock_state, rtol=1e-5, atol=1e-6)
 
 
+def test_codes_thrown_out_by_the_cold_start_cost_the_others_nothing():
+    """Three of five codes are near 1e5 after a step, and the mean of the codebook with them."""
+    fields = {"num_codebooks": 1, "num_discrete_latents": 1, "emb_dim": 8, "num_embs": 5, "decay": 0.9}
+
+    def train(module):
+        batches = 0.1 * torch.randn(5, 64, 8, generator=torch.Generator().manual_seed(5))
+        outputs = [[copied(out) for out in module(x)] for x in batches]
+        return outputs, module.ema_count, module.embedding
+
+    torch.testing.assert_close(*both(pair(**fields)[::-1], train), rtol=1e-5, atol=1e-6)
+
+
 def test_buffers_stay_where_they_are():
     _, module = pair()
     before = [getattr(module, name).data_ptr() for name in BUFFERS]

@@ -62,6 +62,13 @@ def test_masks(zeros):
     train_both(modules, rows, steps=10, mask=mask)
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 8), (5, 8)], ids=str)
+def test_a_shared_codebook_has_more_dead_codes_than_a_step_has_rows(shape):
+    """Those that the layers leave are replaced at the end, by rows of the first sample, as upstream's are."""
+    options = {"shared_codebook": True, "threshold_ema_dead_code": 4, "codebook_size": 64, "num_quantizers": 2}
+    train_both(pair(options), lambda generator: torch.randn(shape, generator=generator), steps=1)
+
+
 def test_a_frozen_codebook_and_a_given_seed():
     modules = pair({"quantize_dropout": True})
     for seed in range(4):

@@ -198,8 +198,9 @@ def test_codes_from_indices(name):
     assert not fused._codebook.embed.any()
 
 
-def test_expire_codes_is_upstreams():
-    modules = pair({"threshold_ema_dead_code": 2, "heads": 2, "codebook_dim": 4})
+@pytest.mark.parametrize("options", [{}, {"heads": 2, "codebook_dim": 4}], ids=str)
+def test_expire_codes_is_upstreams(options):
+    modules = pair({"threshold_ema_dead_code": 2} | options)
     x = torch.randn(2, 20, 8)
     for module in modules:
         torch.manual_seed(1)

@@ -109,6 +109,7 @@ def test_the_command_with_a_module_and_a_residual_list(tmp_path, arguments, caps
         (["--codebook", "absent.safetensors"], "there is no file absent.safetensors"),
         (["--shape", "3,x"], "'3,x' is not positive integers"),
         (["--batch-size", "0"], "batch_size is 0"),
+        (["--device", "cuda:99"], "--device is 'cuda:99', which torch"),
         (["--lag", "1", "--rows", "pixels"], "no rows could be read"),
     ],
 )

@@ -261,7 +261,7 @@ def test_the_command_writes_figures_and_resumes(square_game, tmp_path, monkeypat
         "bottlenecks": replace(TINY, data=replace(TINY.data, ratio=(4.0,)), bottlenecks=("fsq",)),
     }
     monkeypatch.setattr(experiments, "CONTROLS", controls)
-    assert experiments.main(["--out", str(tmp_path)]) == 0
+    assert experiments.main(["--processes", "1", "--out", str(tmp_path)]) == 0
     for name, own in controls.items():
         assert (tmp_path / f"frames-{name}.png").read_bytes().startswith(b"\x89PNG")
         header, *rows = (tmp_path / f"frames-{name}.csv").read_text().splitlines()
@@ -345,7 +345,7 @@ def test_large_runs_are_the_same_code_on_any_device(square_game, tmp_path, monke
     small = replace(TINY, data=replace(TINY.data, ratio=(4.0,)), remedies=("none", "agent region"))
     controls = {"remedies": small}
     monkeypatch.setattr(experiments, "CONTROLS", controls)
-    assert experiments.main(["--large", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert experiments.main(["--large", "--quick", "--device", "cpu", "--processes", "1", "--out", str(tmp_path)]) == 0
     _, *rows = (tmp_path / "frames-remedies.csv").read_text().splitlines()
     assert len(rows) == 2 * 5
     assert experiments.main(["--device", "tpu", "--out", str(tmp_path)]) == 1

@@ -83,7 +83,7 @@ def version_3(root):
 
 
 def read(source):
-    frames, starts, actions, _ = zip(*source.frames(), strict=True)
+    frames, starts, actions, *_ = zip(*source.frames(), strict=True)
     return torch.cat(frames), torch.cat(starts), torch.cat(actions)
 
 

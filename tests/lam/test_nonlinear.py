@@ -95,7 +95,7 @@ def test_a_stopped_experiment_goes_on_behind_the_last_row(tmp_path, monkeypatch)
 def test_the_command_writes_figures_and_names_what_is_wrong(tmp_path, monkeypatch, capsys):
     controls = {"noise": TINY, "bottlenecks": TINY, "remedies": TINY, "dependence": TINY}
     monkeypatch.setattr(experiments, "CONTROLS", controls)
-    assert experiments.main(["--out", str(tmp_path)]) == 0
+    assert experiments.main(["--processes", "1", "--out", str(tmp_path)]) == 0
     for name in controls:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         header, *rows = (tmp_path / f"{name}.csv").read_text().splitlines()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ def write(path, **arrays):
 
 def read(source):
     """All rows, starts and actions of a source."""
-    rows, starts, actions, _ = zip(*source, strict=True)
+    rows, starts, actions, *_ = zip(*source, strict=True)
     return torch.cat(rows), torch.cat(starts), None if actions[0] is None else torch.cat(actions)
 
 
@@ -150,6 +152,26 @@ def test_videos_are_resized_and_flattened(tmp_path):
     torch.testing.assert_close(rows.mean(1), torch.arange(0, 250, 10) / 255, atol=0.02, rtol=0)
     path.write_bytes(path.read_bytes()[:-2000])
     assert sum(len(batch.rows) for batch in Source(path, side=8)) < 25
+
+
+def test_videos_that_decoders_end_without_a_word_are_reported(tmp_path):
+    noise = np.random.default_rng(0).integers(256, size=(40, 32, 32, 3), dtype=np.uint8)
+    for name in ("cut.avi", "hole.mkv", "GX01.MP4"):  # as a camera names it
+        write_video(tmp_path / name, noise)
+    content = (tmp_path / "cut.avi").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(content[: len(content) // 3])
+    content = bytearray((tmp_path / "hole.mkv").read_bytes())
+    content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+    (tmp_path / "hole.mkv").write_bytes(content)
+    source = Source(tmp_path, side=8)
+    starts = {}
+    for batch in source.frames():
+        starts[Path(batch.source).name] = starts.get(Path(batch.source).name, []) + batch.starts.tolist()
+    assert {name: sum(of_it) for name, of_it in starts.items()} == {"GX01.MP4": 1, "cut.avi": 1, "hole.mkv": 2}
+    assert len(starts["GX01.MP4"]) == 40 and len(starts["cut.avi"]) < 25 and len(starts["hole.mkv"]) < 40
+    reasons = {Path(skipped.source).name: skipped.reason for skipped in source.skipped}
+    assert sorted(reasons) == ["cut.avi", "hole.mkv"]
+    assert all(re.search(r"nothing could be read from .* to .* s; what could is taken", r) for r in reasons.values())
 
 
 @pytest.mark.parametrize(("suffix", "package"), [(".mp4", "av"), (".parquet", "pyarrow.parquet")])

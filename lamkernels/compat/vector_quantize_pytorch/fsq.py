@@ -173,10 +173,11 @@ class FSQ(Delegating):
         levels = self._host_levels()
         if not self.bound_hard_clamp:
             return finite_scalar_quantize(z, levels, symmetric=self.preserve_symmetry)
+        finite = z.isfinite().all(-1)
         soft, positions = self._hard_clamped(z)
-        indices = (positions.nan_to_num(0.0).long() * self._basis).sum(-1)
+        indices = (positions.nan_to_num(0.0).long() * self._basis).sum(-1).masked_fill(~finite, 0)
         codes = finite_scalar_codes(indices, levels, symmetric=self.preserve_symmetry, dtype=z.dtype)
-        codes = codes.masked_fill(~z.isfinite(), torch.nan)
+        codes = codes.masked_fill(~finite[..., None], torch.nan)
         return codes + (soft - soft.detach()), indices
 
     def _hard_clamped(self, z: Tensor) -> tuple[Tensor, Tensor]:

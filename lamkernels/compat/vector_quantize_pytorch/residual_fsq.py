@@ -102,7 +102,8 @@ class ResidualFSQ(Compat):
         """(quantized, indices (..., Q)), and all codes (Q, ..., D) where asked for."""
         space = x.shape[2:]
         if self.is_channel_first:
-            x = x.flatten(2).transpose(1, 2)  # the layers take four axes for an image with channels first
+            # three axes, because the layers take four for an image; as upstream's in memory, the order of its noise
+            x = x.reshape(*x.shape[:2], -1).transpose(1, 2).contiguous()
         residual = self.project_in(x)
         clamp = self.soft_clamp_input_value
         if clamp is not None:

@@ -203,10 +203,10 @@ class ResidualVQ(Delegating):
             shared._codebook.update_ema()
             shared.update_in_place_optimizer()
         if shared._codebook.has_dead_code_replacement:
-            rows = torch.stack(residuals, -2 if not self.accept_image_fmap else -1)
-            if self.accept_image_fmap:  # (B, D, h, w, Q): upstream takes its last axis for the channels
-                rows = rows.movedim(1, -1)
-            shared.expire_codes_(rows.reshape(rows.shape[0], -1, rows.shape[-1]))
+            if self.accept_image_fmap:  # upstream takes the last axis of the maps for the channels
+                residuals = [part.movedim(1, -1) for part in residuals]
+            rows = torch.stack(residuals, -2)
+            shared.expire_codes_(rows.flatten(0, 1) if rows.ndim == 3 else rows.flatten(1, -2))
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lamkernels.compat.base import Compat
 from lamkernels.compat.vector_quantize_pytorch._upstream import missing_attributes
+from lamkernels.eager import routed
 from lamkernels.functional import lookup, vector_quantize
 from lamkernels.nn.indices import module_indices
 
@@ -82,7 +83,7 @@ class SimVQ(Compat):
         out = vector_quantize(rows, codes, gradient="rotation" if self.rotation_trick else "ste")
         loss = out.codebook_loss + self.input_to_quantize_commit_loss_weight * out.commitment_loss
         quantized = out.quantized.movedim(-1, 1) if self.channel_first else out.quantized
-        return quantized, module_indices(out.indices, None), loss * self.commitment_weight
+        return routed(quantized, x), module_indices(out.indices, None), loss * self.commitment_weight
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:

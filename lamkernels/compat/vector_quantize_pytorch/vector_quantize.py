@@ -218,10 +218,13 @@ class VectorQuantize(Delegating):
         return x if self.separate_codebook_per_head else x.transpose(1, 2).flatten(0, 1)[None]
 
     def expire_codes_(self, x: Tensor) -> None:
-        """Replaces dead codes by rows of x (B, N, D), in training mode."""
+        """Replaces dead codes by rows of x (B, N, D), in training mode.
+
+        As upstream, with one head by rows of x[0] alone: it takes the first axis for that of the codebooks.
+        """
         codebook = self._codebook
         if codebook.training:
-            rows = self._normalised(layout.split_heads(self, x.detach()))
+            rows = self._normalised(layout.split_heads(self, x.detach() if self.heads > 1 else x[:1].detach()))
             state.replace_dead_codes(codebook, layout.rows_in_order(self, rows), None)
 
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:

@@ -65,8 +65,8 @@ def prepare(codebook, euclidean, codes):
     """Centres, negates and packs one codebook (K, D) into tiles [D, TILE].
 
     μ is the mean of the finite codes, each entry rounded to a multiple of 2^⌈log2 rms⌉ of its column: 0 for ordinary
-    codebooks, dyadic for data with an offset, so that exact ties of integer data stay exact. Without ``euclidean``,
-    μ and the norms are 0.
+    codebooks, dyadic for data with an offset, so that exact ties of integer data stay exact. It is 0 as well where the
+    codes are not closer to it than to 0. Without ``euclidean``, μ and the norms are 0.
     """
     num_codes, dim = codebook.shape
     count = 0
@@ -125,6 +125,29 @@ def _rounded_mean(codebook, finite, count, mean):
             mean[d] = np.rint(centre[d] / unit) * unit
         else:
             mean[d] = centre[d]
+    if mean.any() and not _brings_closer(codebook, finite, mean):
+        mean[:] = 0.0
+
+
+@njit(**FLAGS)
+def _brings_closer(codebook, finite, mean):
+    """Whether the finite codes are closer to ``mean`` than to 0, in the geometric mean.
+
+    Where most codes were thrown far out, the mean lies among them, and would cost the few that are left, and all the
+    rows beside these, their digits. One factor is at least 1e-10, so that a code of zeros does not decide alone.
+    """
+    gain = 0.0
+    for k in range(codebook.shape[0]):
+        before, after = 0.0, 0.0
+        for d in range(codebook.shape[1]):
+            entry = np.float64(codebook[k, d])
+            before += entry * entry
+            after += (entry - mean[d]) ** 2
+        if finite[k] and after > 0.0:
+            gain += np.log(max(before / after, 1e-10))
+        elif finite[k] and before > 0.0:
+            return True  # a code that is the mean itself
+    return gain > 0.0
 
 
 @njit(**FLAGS)

@@ -65,6 +65,7 @@ def quantize_chunks(p, stored, computed):
     streamed = large and dim % vector == 0 and (a[LOOKUP] | a[LOOKUP + 15]) % (vector * fill.itemsize) == 0
     streamed = streamed and a[AS_X] == 0 and a[THROUGH] == 0
     spread = np.empty(block * dim if a[AS_X] != 0 else 0, fill.dtype)
+    factors = np.empty(block if a[LOOKUP + 14] != 0 else 0, codes.mean.dtype)
     finished_last = False
     while True:
         task = fetch_add(a, 0)
@@ -112,11 +113,7 @@ def quantize_chunks(p, stored, computed):
                 loss[0] = before + _loss_in_fp64(x, stride, out, codebook, scales)
             if a[LOOKUP + 14] != 0:
                 noise = elements(a[LOOKUP + 14], begin, size, stored)
-                for n in range(count):
-                    if out[n] >= 0:
-                        row, code = carray(at(x, n * stride), (dim,)), carray(at(codebook, out[n] * dim), (dim,))
-                        here = carray(at(noise, n * dim), (dim,)), carray(at(quantized, n * dim), (dim,))
-                        _substitute(row, scales[n], code, here[0], here[1], stored)
+                _substitute(x, stride, scales, codebook, out, noise, quantized, factors, stored)
             if a[THROUGH] != 0:
                 through = elements(a[THROUGH], begin, size, stored)
                 for n in range(count):
@@ -145,15 +142,32 @@ def _loss_in_fp64(x, stride, indices, codebook, scales):
 
 
 @njit(**FLAGS)
-def _substitute(row, scale, code, noise, quantized, stored):
-    """NSVQ: quantized = x + (‖x − c‖ / ‖v‖ + ε) v of one row."""
+def _substitute(x, stride, scales, codebook, indices, noise, quantized, factors, stored):
+    """NSVQ: quantized = x + (‖x − c‖ / ‖v‖ + ε) v of the rows of a block that are in; the lengths in fp64.
+
+    A step at a time for all rows, so that while one row's sums arrive the next ones are under way.
+    """
+    dim = codebook.shape[1]
+    for n in range(indices.shape[0]):
+        row, code = carray(at(x, n * stride), (dim,)), carray(at(codebook, max(indices[n], 0) * dim), (dim,))
+        residual, length = _squared_lengths(row, scales[n], code, carray(at(noise, n * dim), (dim,)))
+        factors[n] = np.sqrt(residual / length) + NOISE_EPS if length > 0.0 else 0.0
+    for n in range(indices.shape[0]):
+        if indices[n] >= 0:
+            row, direction = carray(at(x, n * stride), (dim,)), carray(at(noise, n * dim), (dim,))
+            moved = carray(at(quantized, n * dim), (dim,))
+            for d in range(dim):
+                moved[d] = narrow(widen(row[d]) * scales[n] + factors[n] * widen(direction[d]), stored)
+
+
+@njit(**FLAGS)
+def _squared_lengths(row, scale, code, noise):
+    """Of the residual and of the noise of one row."""
     residual, length = 0.0, 0.0
     for d in range(row.shape[0]):
         residual += (np.float64(widen(row[d]) * scale) - np.float64(code[d])) ** 2
         length += np.float64(widen(noise[d])) ** 2
-    factor = np.sqrt(residual / length) + NOISE_EPS if length > 0.0 else 0.0
-    for d in range(row.shape[0]):
-        quantized[d] = narrow(widen(row[d]) * scale + factor * widen(noise[d]), stored)
+    return residual, length
 
 
 @njit(cache=True, nogil=True)  # reassociated it would be the code

@@ -34,11 +34,13 @@ def _backward_chunks(p, stored, computed):
     noisy, general = a[22] != 0, a[22] != 0 or a[24] != 0 or (a[25] != 0 and a[7] != 0)
     pulling = noisy and a[23] == 0
     flat = not general and (a[26] != 0 or a[4] == dim) and (a[7] == 0 or (a[12] == dim and a[13] == 1))
-    piece = chunk if a[26] == 0 else max(GATHERED // dim, 1)  # rows that are done in one loop
-    room, weights = dim if general else 0, a.view(np.float64)
-    scratch, spread = (np.empty(room), np.empty(room)), np.empty(room, elements(a[2], 0, 1, stored).dtype)
-    staging = np.empty(max(dim, piece * dim) if a[26] != 0 else 0, elements(a[2], 0, 1, stored).dtype)
+    piece = chunk if a[26] == 0 and flat else max(GATHERED // dim, 1)  # rows that are done in one loop
+    weights, row_type = a.view(np.float64), elements(a[2], 0, 1, stored).dtype
+    scratch = np.empty(dim if general else 0), np.empty(dim if general else 0)
+    staging = np.empty(piece * dim if a[26] != 0 else 0, row_type)
     pulls = np.empty(num_codes * dim if pulling else 0)
+    spread = np.empty(piece * dim if noisy and a[13] != 1 else 0, row_type)
+    room = np.empty(piece if noisy else 0), staging, spread, pulls, scratch[0]
     while True:
         task = fetch_add(a, 0)
         if task >= chunks * a[20]:
@@ -67,21 +69,17 @@ def _backward_chunks(p, stored, computed):
             _rows_apart(a, head, first, stop, weight, staging, stored)
         else:
             pulls[:] = 0.0
-            for n in range(first, stop):
-                row = _rows(a, head, n, n + 1, staging, stored)
-                if indices[n] < 0:
-                    row[3][:] = 0
-                elif noisy and a[24] == 0:
-                    at_row = (head * rows + n) * dim
-                    noise = elements(a[22], at_row, dim, stored)
-                    if pulling:
-                        _noisy_row(a, row, noise, weight, spread, carray(at(pulls, indices[n] * dim), (dim,)), stored)
+            for start in range(first, stop, piece):
+                end = min(start + piece, stop)
+                if noisy and a[24] == 0:
+                    _noisy_rows(a, head, start, end, weight, room, stored, computed)
+                    continue
+                for n in range(start, end):
+                    row = _rows(a, head, n, n + 1, staging, stored)
+                    if indices[n] < 0:
+                        row[3][:] = 0
                     else:
-                        scratch[0][:] = 0.0
-                        _noisy_row(a, row, noise, weight, spread, scratch[0], stored)
-                        elements(a[23], at_row, dim, computed)[:] = scratch[0]
-                else:
-                    _general_row(a, (head * rows + n) * dim, row, weight, scratch, stored, computed)
+                        _general_row(a, (head * rows + n) * dim, row, weight, scratch, stored, computed)
             if pulling:
                 _send_to_codes(a, head, scale * weights[LOSS_WEIGHTS + 1], pulls, computed)
 
@@ -148,29 +146,55 @@ def _rows(a, head, start, stop, staging, stored):
 
 
 @njit(**FLAGS)
-def _noisy_row(a, row, noise, weight, spread, pull, stored):
-    """The gradient of one row under noise substitution, in fp64; what its code is pulled by is added to ``pull``.
+def _noisy_rows(a, head, start, stop, weight, room, stored, computed):
+    """The gradient of rows under noise substitution, in fp64; what their codes are pulled by is added to the pulls.
 
-    NSVQ: g + a(x − c)/r for x, of which the second part with the other sign for the code.
+    NSVQ: g + a(x − c)/r for x, of which the second part with the other sign for the code. A step at a time for all
+    rows, so that while one row's sums arrive the next ones are under way.
     """
-    x, codes, grad, grad_x = row
-    dim, step = x.shape[0], a[13]
-    if step != 1:
+    (factors, staging, spread, pulls, pull), dim, count = room, a[10], stop - start
+    place, size = (head * a[8] + start) * dim, count * dim
+    codes, noise = elements(a[5], place, size, stored), elements(a[22], place, size, stored)
+    grad_x, sent = elements(a[18], place, size, stored), elements(a[23], place, size, computed)
+    indices = elements(a[6], head * a[8] + start, count, np.int64(0))
+    x, x_step = elements(a[2], head * a[3] + start * a[4], count * a[4], stored), a[4]
+    if a[26] != 0:
+        gather_rows(a, 26, head, start, stop, staging, stored)
+        x, x_step = staging, dim
+    grad, grad_step = elements(a[7], head * a[11] + start * a[12], count * a[12] + dim * a[13], stored), a[12]
+    if a[13] != 1:
+        for n in range(count):
+            for d in range(dim):
+                spread[n * dim + d] = grad[n * grad_step + d * a[13]]
+        grad, grad_step = spread, dim
+    for n in range(count):
+        row, g = carray(at(x, n * x_step), (dim,)), carray(at(grad, n * grad_step), (dim,))
+        code, direction = carray(at(codes, n * dim), (dim,)), carray(at(noise, n * dim), (dim,))
+        along, length, distance = 0.0, 0.0, 0.0
         for d in range(dim):
-            spread[d] = grad[d * step]
-        grad = spread
-    along, length, distance = 0.0, 0.0, 0.0
-    for d in range(dim):
-        v, residual = np.float64(widen(noise[d])), np.float64(widen(x[d])) - np.float64(widen(codes[d]))
-        along += np.float64(widen(grad[d])) * v
-        length += v * v
-        distance += residual * residual
-    size = np.sqrt(length) * np.sqrt(distance)
-    factor = along / size if size > 0.0 else 0.0
-    for d in range(dim):
-        residual = np.float64(widen(x[d])) - np.float64(widen(codes[d]))
-        pull[d] += factor * residual
-        grad_x[d] = narrow(np.float64(widen(grad[d])) + weight * residual + factor * residual, stored)
+            v, residual = np.float64(widen(direction[d])), np.float64(widen(row[d])) - np.float64(widen(code[d]))
+            along += np.float64(widen(g[d])) * v
+            length += v * v
+            distance += residual * residual
+        both = np.sqrt(length) * np.sqrt(distance)
+        factors[n] = along / both if both > 0.0 else 0.0
+    for n in range(count):
+        out = carray(at(grad_x, n * dim), (dim,))
+        if indices[n] < 0:
+            out[:] = 0
+            continue
+        if a[23] == 0:
+            pull = carray(at(pulls, indices[n] * dim), (dim,))
+        else:
+            pull[:] = 0.0
+        row, g = carray(at(x, n * x_step), (dim,)), carray(at(grad, n * grad_step), (dim,))
+        code, factor = carray(at(codes, n * dim), (dim,)), factors[n]
+        for d in range(dim):
+            residual = np.float64(widen(row[d])) - np.float64(widen(code[d]))
+            pull[d] += factor * residual
+            out[d] = narrow(np.float64(widen(g[d])) + weight * residual + factor * residual, stored)
+        if a[23] != 0:
+            sent[n * dim : (n + 1) * dim] = pull
 
 
 @njit(**FLAGS)

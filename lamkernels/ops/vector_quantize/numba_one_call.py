@@ -100,9 +100,10 @@ def forward(
         if CODES not in settings:
             codes = empty_like(x)
             array[CODES] = codes.data_ptr()
-    array[LOOKUP + 8], array[LOOKUP + 9], array[LOOKUP + 10], loss = (
-        base + at if tensor is None else tensor.data_ptr() for tensor, at in zip(wanted, plan.unwanted, strict=True)
-    )
+    places = [base + at for at in plan.unwanted]
+    if wanted is not NOTHING:
+        places = [at if tensor is None else tensor.data_ptr() for tensor, at in zip(wanted, places, strict=True)]
+    array[LOOKUP + 8], array[LOOKUP + 9], array[LOOKUP + 10], loss = places
     array[QUANTIZE], array[QUANTIZE + 1], array[QUANTIZE + 3] = loss, loss, base
     for place, value in settings.items():
         array[place] = value
@@ -159,7 +160,9 @@ def weighted_step(
     a plan of :func:`plan_of_channels`.
     """
     if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
-        return apply(WeightedStep, x, codebook, plan, rows, weights)  # type: ignore[no-any-return]
+        constant: list[Tensor] = []  # what has no gradient costs less past the autograd function than through it
+        quantized, loss = apply(WeightedStep, x, codebook, plan, rows, weights, constant)
+        return quantized, constant[0], loss
     return _weighted_step(x, codebook, plan, rows, weights)[0]
 
 
@@ -231,23 +234,28 @@ class Quantize(torch.autograd.Function):
 
 
 class WeightedStep(torch.autograd.Function):
-    """x, codebook -> quantized as x, indices, commitment_weight · commitment loss + codebook_weight · codebook loss."""
+    """x, codebook -> quantized as x, commitment_weight · commitment loss + codebook_weight · codebook loss; the indices
+    go into ``constant``.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, weights: tuple[float, float]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, weights: tuple[float, float],
+        constant: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         outputs, (indices, residual_sums, ctx.rows_in) = _weighted_step(x, codebook, plan, rows, weights)
-        quantized, visible, _ = outputs
+        quantized, visible, loss = outputs
+        constant.append(visible)
         ctx.plan, ctx.computed, ctx.weights = plan, codebook.dtype, weights
-        ctx.mark_non_differentiable(visible, *([quantized] if plan.options[1] == "none" else []))
+        if plan.options[1] == "none":
+            ctx.mark_non_differentiable(quantized)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, rows, quantized, indices, residual_sums, None)
-        return outputs
+        return quantized, loss
 
     @staticmethod
-    def backward(ctx: Any, grad_quantized: Tensor | None, _: None, grad_loss: Tensor | None) -> Any:
-        return *gradient(ctx, grad_quantized, grad_loss, grad_loss, ctx.weights), None, None, None
+    def backward(ctx: Any, grad_quantized: Tensor | None, grad_loss: Tensor | None) -> Any:
+        return *gradient(ctx, grad_quantized, grad_loss, grad_loss, ctx.weights), None, None, None, None
 
 
 class TrainStep(torch.autograd.Function):
@@ -333,10 +341,9 @@ def _in_one_call(
     array = BackwardArray.from_buffer_copy(plan.backward)
     array[2], array[5], array[6] = (x if rows is None else rows).data_ptr(), codes.data_ptr(), indices.data_ptr()
     if grad_quantized is not None:
-        if grad_quantized.is_contiguous():
-            grad, array[11], array[12], array[13] = grad_quantized, x.numel() // plan.heads, dim, 1
-        else:
-            grad = grad_quantized.reshape(plan.heads, -1, dim)
+        grad = grad_quantized
+        if not grad.is_contiguous():
+            grad = grad.reshape(plan.heads, -1, dim)
             if grad.stride(-1) not in (0, 1):
                 grad = grad.contiguous()
             array[11], array[12], array[13] = grad.stride()
@@ -346,15 +353,12 @@ def _in_one_call(
             if residual_sums is None or not ctx.needs_input_grad[1] or not plan.pulls:
                 pull = torch.empty(indices.numel(), dim, dtype=ctx.computed, device="cpu")
                 array[23] = pull.data_ptr()
-    on_rows = _of_heads(grad_commitment, plan.heads, ctx.computed)
-    on_codes = on_rows
-    if grad_codebook_loss is not grad_commitment:
-        on_codes = _of_heads(grad_codebook_loss, plan.heads, ctx.computed)
-    array[14], array[15] = on_rows.data_ptr(), on_codes.data_ptr()
+    of_losses = [_of_heads(grad, plan.heads, ctx.computed) for grad in (grad_commitment, grad_codebook_loss)]
+    array[14], array[15] = (grad.data_ptr() for grad in of_losses)
     if weights != (1.0, 1.0):
         array[LOSS_WEIGHTS], array[LOSS_WEIGHTS + 1] = bits(weights[0]), bits(weights[1])
-    rows_in: Any = ctypes.c_int64(ctx.rows_in)
-    if plan.heads > 1:
+    rows_in = plan.all_rows
+    if ctx.rows_in < plan.indices.numel():
         rows_in = (ctypes.c_int64 * plan.heads)(*[ctx.rows_in] * plan.heads)
     array[16], array[18] = ctypes.addressof(rows_in), grad_x.data_ptr()
     if residual_sums is not None and ctx.needs_input_grad[1]:

@@ -22,7 +22,7 @@ from lamkernels.ops.nearest_code.numba import (
     prepare_heads,
     sizes_of,
 )
-from lamkernels.ops.parallel import bits, compiled, entry
+from lamkernels.ops.parallel import ZERO, bits, compiled, entry
 from lamkernels.ops.simd import computed_type, narrow, stored_type, widen, words
 from lamkernels.ops.vector_quantize.numba import QUANTIZE, nan_and_zero, quantize_chunks, sums_by_chunk
 from lamkernels.ops.vector_quantize.numba_backward import BACKWARD, BACKWARD_CHUNK, backward, pulls_in_task
@@ -179,8 +179,9 @@ ForwardArray, BackwardArray = ctypes.c_int64 * ONE_CALL, ctypes.c_int64 * BACKWA
 class Plan(NamedTuple):
     """What all calls of one shape have in common."""
 
-    forward: Any  # ForwardArray and BackwardArray without the addresses
-    backward: Any
+    forward: Any  # ForwardArray without the addresses
+    backward: Any  # BackwardArray without them, for a contiguous gradient and for losses without one
+    all_rows: Any  # how many rows there are, as the backward reads it
     scratch: int  # bytes
     unwanted: tuple[int, ...]  # where in the scratch counts, sums, residual sums and the loss go, if nobody wants them
     tasks: int
@@ -257,15 +258,17 @@ def plan(
     chunk = max(1, BACKWARD_CHUNK // dim)
     if as_x:  # the straight-through backward goes entry by entry: rows of memory will do
         laid = Strides(rows * dim, dim)
+    all_rows, nothing = (ctypes.c_int64 * heads)(*[heads * rows] * heads), ZERO[computed].data_ptr()
     backward_array = BackwardArray(
-        0, 0, 0, laid.head, laid.row, 0, 0, 0, rows, 0, dim, 0, 0, 0, 0, 0, 0, 0, 0, 0, heads, chunk, 0, 0,
+        0, 0, 0, laid.head, laid.row, 0, 0, 0, rows, 0, dim, rows * dim, dim, 1, nothing, nothing,
+        0, 0, 0, 0, heads, chunk, 0, 0,
         metric == "cosine", gradient == "rotation", laid.group, laid.group_stride, laid.entry, bits(1.0), bits(1.0),
     )  # fmt: skip
     unwanted = tuple(at[name] for name in ("counts", "sums", "residual sums", "losses"))
     indices = torch.zeros((), dtype=torch.int64, device="cpu").expand(shape[:-1])
     kernel, kernel_backward = compiled(_step, stored), compiled(backward, stored)
     return Plan(
-        forward, backward_array, scratch, unwanted, tasks, heads * rows * num_codes * dim,
+        forward, backward_array, all_rows, scratch, unwanted, tasks, heads * rows * num_codes * dim,
         kernel, entry(kernel), kernel_backward, entry(kernel_backward),
         heads * (-(-rows // chunk) + 1), strides, indices, heads, dim,
         pulls_in_task(rows, num_codes, dim, metric), (metric, gradient), as_x,

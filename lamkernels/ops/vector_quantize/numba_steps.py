@@ -44,57 +44,59 @@ def noise_step(
     last: Tensor, codebook: Tensor, first: Tensor, plan: Plan, noise: Tensor, used: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`lamkernels.steps.noise_step`."""
-    return apply(NoiseStep, last, codebook, first, plan, noise, used)  # type: ignore[no-any-return]
+    constant: list[Tensor] = []  # what has no gradient costs less past the autograd function than through it
+    quantized: Tensor = apply(NoiseStep, last, codebook, first, plan, noise, used, constant)
+    indices, perplexity = constant
+    return quantized, indices, perplexity
 
 
 class NoiseStep(torch.autograd.Function):
-    """last, codebook, first -> quantized, indices, perplexity; adds to ``used``."""
+    """last, codebook, first -> quantized; puts indices and perplexity into ``constant`` and adds to ``used``."""
 
     @staticmethod
     def forward(
-        ctx: Any, last: Tensor, codebook: Tensor, first: Tensor, plan: Plan, noise: Tensor, used: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, last: Tensor, codebook: Tensor, first: Tensor, plan: Plan, noise: Tensor, used: Tensor,
+        constant: list[Tensor],
+    ) -> Tensor:  # fmt: skip
         size, perplexity = last.numel(), empty_loss(codebook)
         # what only the backward reads, in one piece: last − first, the codes of the rows, and the sums of x − code
-        kept = torch.empty(2 * size + codebook.numel(), dtype=last.dtype, device="cpu")
+        kept = last.new_empty(2 * size + codebook.numel())
         at, step = kept.data_ptr(), size * last.itemsize
         settings = {
             2: at, CODES: at + step, RESIDUAL_SUMS: at + 2 * step, SUBTRACTED: first.data_ptr(),
             SUBTRACTED + 1: last.data_ptr(), PERPLEXITY: perplexity.data_ptr(), CALLS_USED: used.data_ptr(),
         }  # fmt: skip
         quantized, indices, _, ctx.rows_in = forward(last, codebook, plan, (None, None, noise), NOTHING, settings)
-        visible = visible_indices(indices, ctx.rows_in)
+        constant += visible_indices(indices, ctx.rows_in), perplexity
         ctx.plan, ctx.computed, ctx.codes = plan, codebook.dtype, codebook.shape
-        ctx.mark_non_differentiable(visible, perplexity)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(kept, indices, noise)
-        return quantized, visible, perplexity
+        return quantized
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is None:
-            return (None,) * 6
+            return (None,) * 7
         grad_codebook: Tensor | None
         kept, indices, noise = ctx.saved_tensors
+        _, of_codebook, of_first, *_ = ctx.needs_input_grad
         lie_as_made = kept.is_contiguous() and indices.is_contiguous() and noise.is_contiguous()
-        if lie_as_made and ctx.plan.pulls and ctx.needs_input_grad[1] and grad.is_contiguous() and is_ordinary(grad):
+        if lie_as_made and ctx.plan.pulls and of_codebook and grad.is_contiguous() and is_ordinary(grad):
             grad_x, grad_codebook = _through_noise(ctx, kept, indices, noise, grad)
         else:
             size = noise.numel()
             x, codes, sums = kept[:size].view(noise.shape), kept[size : 2 * size].view(noise.shape), kept[2 * size :]
             saved = x, None, codes, indices, sums.view(ctx.codes), noise
             grad_x, grad_codebook = by_operator(ctx, saved, grad, None, None)
-        of_first = -grad_x if ctx.needs_input_grad[2] else None
-        return grad_x, grad_codebook, of_first, None, None, None
+        return grad_x, grad_codebook, -grad_x if of_first else None, None, None, None, None
 
 
 def _through_noise(ctx: Any, kept: Tensor, indices: Tensor, noise: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the codebook, by one call for all rows."""
-    plan, grad_x, grad_codebook = ctx.plan, empty_like(noise), torch.empty(ctx.codes, dtype=ctx.computed, device="cpu")
+    plan, grad_x, grad_codebook = ctx.plan, empty_like(noise), torch.empty(*ctx.codes, dtype=ctx.computed, device="cpu")
     array, at, step = BackwardArray.from_buffer_copy(plan.backward), kept.data_ptr(), noise.nbytes
-    rows_in, nothing = ctypes.c_int64(ctx.rows_in), ZERO[ctx.computed].data_ptr()
+    rows_in = ctypes.c_int64(ctx.rows_in)
     array[2], array[5], array[6], array[7], array[9] = at, at + step, indices.data_ptr(), grad.data_ptr(), ctx.codes[0]
-    array[11], array[12], array[13], array[14], array[15] = noise.numel(), plan.dim, 1, nothing, nothing
     array[16], array[17], array[18] = ctypes.addressof(rows_in), at + 2 * step, grad_x.data_ptr()
     array[19], array[22] = grad_codebook.data_ptr(), noise.data_ptr()
     plan.call_backward(ctypes.addressof(array))
@@ -105,35 +107,38 @@ def gradient_step(
     x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, usage: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`lamkernels.steps.gradient_step`."""
-    return apply(GradientStep, x, codebook, plan, rows, usage)  # type: ignore[no-any-return]
+    constant: list[Tensor] = []
+    quantized, codes = apply(GradientStep, x, codebook, plan, rows, usage, constant)
+    return quantized, codes, constant[0]
 
 
 class GradientStep(torch.autograd.Function):
-    """x, codebook -> x + (codes − x), codes, indices; adds to ``usage``."""
+    """x, codebook -> x + (codes − x), codes; puts the indices into ``constant`` and adds to ``usage``."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, usage: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, x: Tensor, codebook: Tensor, plan: Plan, rows: Tensor | None, usage: Tensor | None,
+        constant: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         through = empty_like(x)
         settings = {THROUGH: through.data_ptr()}
         if usage is not None:
             settings |= {GROUPS_USED: usage.data_ptr(), GROUPS_USED + 1: plan.indices.shape[1:].numel()}
         codes, indices, _, rows_in = forward(x, codebook, plan, (rows, None, None), NOTHING, settings)
         visible = visible_indices(indices, rows_in)
+        constant.append(visible)
         ctx.num_codes = codebook.shape[0]
-        ctx.mark_non_differentiable(visible)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(visible)
-        return through, codes, visible
+        return through, codes
 
     @staticmethod
-    def backward(ctx: Any, grad_through: Tensor | None, grad_codes: Tensor | None, _: None) -> Any:
+    def backward(ctx: Any, grad_through: Tensor | None, grad_codes: Tensor | None) -> Any:
         grad_codebook = None
         if grad_codes is not None and ctx.needs_input_grad[1]:
             (indices,) = ctx.saved_tensors
             grad_codebook = torch.ops.aten.embedding_dense_backward(grad_codes, indices, ctx.num_codes, -1, False)
-        return grad_through, grad_codebook, None, None, None
+        return grad_through, grad_codebook, None, None, None, None
 
 
 def plan_of_maps(
@@ -151,16 +156,22 @@ def map_step(
     x: Tensor, codebook: Tensor, averages: tuple[Tensor, Tensor] | None, plan: Plan, commitment: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`lamkernels.steps.map_step`."""
-    return apply(MapStep, x, codebook, averages, plan, commitment)  # type: ignore[no-any-return]
+    constant: list[Tensor] = []
+    quantized, loss = apply(MapStep, x, codebook, averages, plan, commitment, constant)
+    perplexity, indices = constant
+    return quantized, loss, perplexity, indices
 
 
 class MapStep(torch.autograd.Function):
-    """x -> quantized, weighted commitment loss, perplexity, indices; updates codebook and averages."""
+    """x -> quantized, weighted commitment loss; puts perplexity and indices into ``constant``, and updates codebook and
+    averages.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codebook: Tensor, averages: tuple[Tensor, Tensor] | None, plan: Plan, commitment: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx: Any, x: Tensor, codebook: Tensor, averages: tuple[Tensor, Tensor] | None, plan: Plan, commitment: float,
+        constant: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         perplexity, loss = empty_loss(codebook), empty_loss(codebook)
         settings = {PERPLEXITY: perplexity.data_ptr(), LOSS_WEIGHT: bits(commitment)}
         if averages is not None:
@@ -172,14 +183,14 @@ class MapStep(torch.autograd.Function):
         if averages is not None and not codebook.is_inference():
             torch.autograd.graph.increment_version((codebook, *averages))  # autograd notices the update by it
         visible = visible_indices(indices, rows_in)
+        constant += perplexity, visible
         ctx.plan, ctx.commitment = plan, commitment
-        ctx.mark_non_differentiable(perplexity, visible)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, quantized, visible)
-        return quantized, loss, perplexity, visible
+        return quantized, loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_loss: Tensor | None, *_: None) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, grad_loss: Tensor | None) -> Any:
         x, quantized, indices = ctx.saved_tensors
         saved_in_place = x.is_contiguous() and quantized.is_contiguous() and indices.is_contiguous()
         if grad_loss is None:
@@ -189,7 +200,7 @@ class MapStep(torch.autograd.Function):
         else:
             pull = (x - quantized) * (grad_loss * (2 * ctx.commitment / x.numel()))
             grad_x = pull if grad is None else grad + pull
-        return grad_x, None, None, None, None
+        return grad_x, None, None, None, None, None
 
 
 def _pull_to_codes(ctx: Any, x: Tensor, quantized: Tensor, indices: Tensor, grad: Tensor, grad_loss: Tensor) -> Tensor:
