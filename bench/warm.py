@@ -20,7 +20,7 @@ from .providers import PROVIDERS
 from .step_models import SIZES, Sizes
 from .workloads import CODE_OPS, Workload, make_inputs, select
 
-COMPILED = ("vqp-compile", "compile", "triton")  # providers, those that take longest first
+COMPILED = ("vqp-compile", "compile", "triton", "cuda")  # providers, those that take longest first
 SCORES = 2**34  # bytes of the scores that a provider may hold here, since several processes share the memory
 
 
@@ -44,6 +44,7 @@ def tasks(device: str) -> list[Task]:
                 for workload in workloads
                 if workload.op in provider.prepare
                 and workload.dtype in provider.dtypes
+                and not provider.refuses(workload)
                 and provider.score_matrices * workload.score_matrix_bytes <= SCORES
             ]
     return found

@@ -29,6 +29,7 @@ from .workloads import Inputs, Workload, make_inputs
 
 MAX_SAMPLES = 2000
 MAX_BUFFERS = 16
+CYCLES, LONGEST_SPIN = 2e9, 0.02  # a second of a GPU's clock at the most, and seconds
 WARM_UP_ROWS = (512, 768)  # of a memory measurement; two sizes, so that a compiler learns that N varies
 
 
@@ -49,6 +50,7 @@ class Session:
             self.peaks[kind] = measure_peaks(self.device, *kind)
         self.buffers = _buffer_count(workload, self.device)
         inputs = make_inputs(workload, self.device, buffers=self.buffers, threads=self.threads)
+        torch.backends.cuda.matmul.allow_tf32 = False  # a provider may have allowed it for the halves before
         self.call = self.provider.prepare[workload.op](workload, inputs)
         verdict = check(workload, inputs, self.call(0), strict=self.provider.kind != "peer")
         if verdict.error:
@@ -124,22 +126,27 @@ def _sample_cpu(
 
 
 def _sample_gpu(run: Run, buffers: int, seconds: float) -> list[float]:
-    """GPU times in ms, by events. A spin ahead of each call lets the launches queue up, so that gaps between them do
-    not count, unless the provider itself waits for the GPU. Of calls that take longer than all of it there are two.
+    """GPU times in ms, by events. A spin ahead of each call, twice as long as the host takes for it, lets the launches
+    queue up, so that gaps between them do not count, unless the provider itself waits for the GPU. Of calls that take
+    longer than all of it there are two.
     """
     samples: list[float] = []
+    host = LONGEST_SPIN
     begin = time.perf_counter()
     for warm in range(3):
+        start_of_call = time.perf_counter()
         run(warm % buffers)
+        host = min(host, time.perf_counter() - start_of_call)
         torch.cuda.synchronize()
         if time.perf_counter() - begin > seconds:
             break
+    spin = int(CYCLES * min(max(1e-3, 2 * host), LONGEST_SPIN))
     begin = time.perf_counter()
     while len(samples) < (2 if time.perf_counter() - begin > seconds else 5) or (
         time.perf_counter() - begin < seconds and len(samples) < MAX_SAMPLES
     ):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]  # cycles: about a millisecond
+        torch.cuda._sleep(spin)  # type: ignore[no-untyped-call]
         start.record()
         run(len(samples) % buffers)
         end.record()

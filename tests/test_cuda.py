@@ -316,7 +316,7 @@ class FakeCuPy(types.ModuleType):
         self.cuda = types.SimpleNamespace(Stream=stream)
 
     def RawModule(self, *, path: str) -> Any:
-        source, options = json.loads(Path(path).read_text())
+        source, options = json.loads(Path(path).read_text().rstrip("\0"))
         self.raw.append((source, options))
         defines = tuple(option for option in options if option.startswith("-D"))
 
@@ -430,6 +430,7 @@ def test_what_is_compiled_is_kept(nvrtc: FakeNVRTC, tmp_path: Path) -> None:
     defines = cuda_common.types(BRAIN, SINGLE)
     first = cuda_common.compiled(cuda.SOURCE, defines, (9, 0))
     assert first == cuda_common.compiled(cuda.SOURCE, defines, (9, 0)) and first.parent == tmp_path / "cache"
+    assert first.read_bytes()[-1:] == b"\0", "the byte that CuPy cuts off is missing"
     ((text, name, options),) = nvrtc.compiled
     assert name == cuda.SOURCE and text.endswith(cuda_common.read_source(cuda.SOURCE)) and set(defines) < set(options)
     newer = cuda_common.compiled(cuda.SOURCE, defines, (12, 0))  # than this NVRTC knows: compiled by the driver

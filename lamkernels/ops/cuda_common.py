@@ -138,7 +138,7 @@ def compiled(source: str, defines: tuple[str, ...], capability: tuple[int, int])
             nvrtc.destroyProgram(program)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(code)
+            file.write(code + b"\0")  # CuPy takes the last byte of a cubin for the end of a text, and leaves it out
         Path(file.name).replace(path)  # whole, whoever else writes it
     return path
 

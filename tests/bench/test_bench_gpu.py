@@ -4,12 +4,14 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from lamkernels.bench import cli, gpu, small_cases, warm
 from lamkernels.bench.gpu import Part
+from lamkernels.bench.providers import PROVIDERS
 from lamkernels.bench.workloads import CODE_OPS, Workload
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -113,6 +115,21 @@ def test_what_is_warmed_up_is_what_is_measured(monkeypatch):
     step = Workload("custom", "train_step", 20, 3, 4)
     assert warm.compile_one(warm.Task("eager", step), "cpu") == ""
     assert warm.compile_one(warm.Task("faiss", step), "cpu").startswith("KeyError")
+
+    monkeypatch.setattr(type(PROVIDERS["cuda"]), "absent", lambda self, device: "")
+    ours = [task.workload for task in warm.tasks("cuda") if task.what == "cuda"]
+    assert any(w.K == 65536 for w in ours) and not any(w.dtype == "float32" and w.K == 1024 for w in ours)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Synchronization debug mode is a prototype feature and does not",
+        "Please use the new API settings to control TF32 behavior, such as",
+    ],
+)
+def test_what_torch_says_of_itself_on_a_gpu_fails_no_test(text):
+    warnings.warn(text, UserWarning, stacklevel=1)  # an error by pyproject.toml where it is not excepted
 
 
 def test_the_small_cases_reach_every_operator(capsys, monkeypatch):

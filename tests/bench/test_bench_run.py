@@ -2,10 +2,12 @@
 
 import csv
 import json
+import time
 
 import pytest
 import torch
-from lamkernels.bench import cli, labelling, report, runner
+from lamkernels.bench import cli, labelling, report, runner, worker
+from lamkernels.bench.peaks import Peaks
 from lamkernels.bench.providers import PROVIDERS
 from lamkernels.bench.report import Row
 from lamkernels.bench.workloads import Workload
@@ -154,6 +156,30 @@ def test_a_workload_that_a_provider_refuses_is_absent(monkeypatch, everything_pr
         workload = Workload("custom", "train_step", 64, num_codes, 16)
         row = runner._new_row(workload, PROVIDERS["cuda"], SETTINGS)
         assert (row.status == "absent") is absent and ("shared memory" in row.note) is absent
+
+
+def test_a_spin_covers_the_launches_of_a_call(monkeypatch):
+    spins = []
+    event = type(
+        "Event", (), dict.fromkeys(("record", "synchronize"), lambda self: None) | {"elapsed_time": lambda *_: 1.0}
+    )
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", spins.append)
+    for host, least in ((0.0, 1e-3), (3e-3, 6e-3), (0.05, worker.LONGEST_SPIN)):
+        spins.clear()
+        worker._sample_gpu(lambda _, host=host: time.sleep(host), 1, 0.01)
+        assert least <= spins[0] / worker.CYCLES <= worker.LONGEST_SPIN and len(set(spins)) == 1
+
+
+def test_what_one_workload_allowed_does_not_serve_the_next():
+    session = worker.Session("eager", "cpu", 1)
+    session.peaks["float32", ""] = Peaks(1.0, 1.0)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert not session.prepare(LOOKUP)["error"] and not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def test_a_real_process_answers_fails_and_comes_back():
