@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,9 @@ def flashlib_assign(workload: Workload, inputs: Inputs) -> Run:
     except ImportError:  # its optional dependency
         assign = importlib.import_module(f"{kmeans}.triton.assign").euclid_assign_triton
     codes, code_norms, out = inputs.codebook[None], _norms(inputs.codebook), _indices(workload, inputs)
-    return lambda i: {"indices": assign(inputs.x[i][None], codes, out=out, c_sq=code_norms)}
+    norms = inspect.signature(assign).parameters.get("x_sq")  # some versions ask for those of rows
+    more = [() if norms is None or norms.default is None else (_norms(x),) for x in inputs.x]
+    return lambda i: {"indices": assign(inputs.x[i][None], codes, *more[i], out=out, c_sq=code_norms)}
 
 
 def flashlib_covariance(workload: Workload, inputs: Inputs) -> Run:

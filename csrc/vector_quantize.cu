@@ -138,6 +138,33 @@ struct Ready {
     bool centred;
 };
 
+// Whether the codes are closer to the centre than to 0, in the geometric mean: the centre of codes thrown far out would
+// cost those that are left, and all the rows beside these, their digits. A code of zeros does not decide alone.
+__device__ inline bool brings_closer(const Shared& s, int num_codes, int dim, int stride, int lanes) {
+    const int lane = threadIdx.x % lanes, codes = THREADS / lanes;
+    for (int start = 0; start < num_codes; start += codes) {
+        const int k = start + threadIdx.x / lanes;
+        double before = 0, after = 0;
+        if (k < num_codes && s.finite[k])
+            for (int d = lane; d < dim; d += lanes) {
+                const double code = s.codes[k * stride + d], off = code - s.centre[d];
+                before = fma(code, code, before);
+                after = fma(off, off, after);
+            }
+        for (int step = lanes / 2; step > 0; step /= 2) {
+            before += __shfl_xor_sync(ALL, before, step);
+            after += __shfl_xor_sync(ALL, after, step);
+        }
+        const float ratio = (float)fmin(fmax((before + 1e-30) / (after + 1e-30), 1e-10), 1e30);
+        if (k < num_codes && lane == 0) s.largest[k] = logf(ratio);
+    }
+    __syncthreads();
+    float gain = 0;
+    for (int k = threadIdx.x % 32; k < num_codes; k += 32) gain += s.largest[k];
+    for (int step = 16; step > 0; step /= 2) gain += __shfl_xor_sync(ALL, gain, step);
+    return gain > 0;
+}
+
 // Centre, norms and limit of the codes in shared memory.
 __device__ inline Ready prepare(const Shared& s, int num_codes, int dim, int stride, bool centre, bool dot) {
     int lanes = 32;  // of a code
@@ -169,6 +196,13 @@ __device__ inline Ready prepare(const Shared& s, int num_codes, int dim, int str
     }
     Ready ready;
     ready.centred = __syncthreads_or(off_origin);
+    if (ready.centred) {
+        ready.centred = brings_closer(s, num_codes, dim, stride, lanes);
+        __syncthreads();
+        if (!ready.centred)
+            for (int d = threadIdx.x; d < stride; d += THREADS) s.centre[d] = 0;
+        __syncthreads();
+    }
     for (int start = 0; start < num_codes; start += codes) {
         const int k = start + threadIdx.x / lanes;
         double square = 0;

@@ -40,9 +40,8 @@ def plan_one_call(
         return None
     module, shape, rows, strides = numba_one_call(), x.shape, None, None
     if x.is_contiguous():
-        dim = codebook.shape[-1]
-        if whole_rows and x.numel() % dim == 0:
-            shape = torch.Size((x.numel() // dim, dim))
+        if whole_rows and x.numel() % codebook.shape[-1] == 0:
+            shape = torch.Size((x.numel() // codebook.shape[-1], codebook.shape[-1]))
     else:
         detached = x.detach()
         rows = rows_in_groups(detached if codebook.ndim == 3 else detached.unsqueeze(0))

@@ -19,7 +19,7 @@ from contract import HARD_DATA, assert_contract, hard_data
 from contract import scores as exact_scores
 from cuda_cases import Host, host
 from torch import Tensor
-from triton_cases import assert_quantized_like, more_hard_data
+from triton_cases import assert_quantized_like, more_hard_data, thrown_out
 
 import lamkernels as lk
 from lamkernels.ops import cuda_common
@@ -95,6 +95,8 @@ def test_hard_data_keeps_the_contract(host: Host, precision: str) -> None:
         best = (x.double() - codebook.double()[indices[0].clamp(min=0)]).square().sum(-1).float()
         chosen = torch.where(indices[0] >= 0, best, torch.nan)
         torch.testing.assert_close(distance[0], chosen, rtol=1e-5, atol=0, equal_nan=True)
+    x, codebook, expected = thrown_out()
+    assert nearest.nearest_code(x[None], codebook[None], "l2", precision, False)[0][0].tolist() == expected.tolist()
     assert tried >= 17
 
 

@@ -39,6 +39,16 @@ def more_hard_data() -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
+def thrown_out() -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, codes of which most were thrown far out, one of them not finite, and the code that each row is beside."""
+    generator = torch.Generator().manual_seed(0)
+    codebook = 0.1 * torch.randn(7, 8, generator=generator)
+    codebook[2:] += 1e5
+    codebook[6, 3] = torch.inf
+    expected = torch.arange(40) % 2
+    return codebook[expected] + 0.01 * torch.randn(40, 8, generator=generator), codebook, expected
+
+
 def assert_quantized_like(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
     """The nine outputs of vector_quantize: indices, outputs and counts equal, losses and sums to rounding."""
     quantized, indices, commitment, codebook_loss, counts, sums, residual_sums, num_rows, codes = range(9)

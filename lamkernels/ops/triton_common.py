@@ -123,6 +123,17 @@ def must_scan(largest: tensor, limit: tensor, dim: tensor, L2: tl.constexpr) -> 
 
 
 @triton.jit
+def closeness(before: tensor, after: tensor) -> tensor:
+    """What the centre gains for each code in digits: log of its squared distance from 0 over that from the centre.
+
+    Where the sum is not positive, there is no centre: the mean of codes thrown far out would cost those that are left,
+    and all the rows beside these, their digits. A code of zeros does not decide alone.
+    """
+    ratio = (before + 1e-30) / (after + 1e-30)
+    return tl.log(tl.minimum(tl.maximum(ratio, 1e-10), 1e30).to(tl.float32))
+
+
+@triton.jit
 def resident_norms(
     codebook: tensor, stride: tensor, num_codes: tensor, dim: tensor,
     L2: tl.constexpr, CENTRE: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
@@ -140,6 +151,10 @@ def resident_norms(
         mean = tl.div_rn(tl.sum(code, axis=0), count + tl.zeros([BD], tl.float32))
         deviation = tl.where(finite[:, None], code - mean[None, :], 0.0)
         centre = grid_centre(mean, tl.sum(deviation * deviation, axis=0) / count)
+        wide = code.to(tl.float64)
+        off = tl.where(finite[:, None], wide - centre.to(tl.float64)[None, :], 0.0)
+        gain = tl.where(finite, closeness(tl.sum(wide * wide, axis=1), tl.sum(off * off, axis=1)), 0.0)
+        centre = tl.where(tl.sum(gain, axis=0) > 0, centre, 0.0)
     largest_code = tl.max(tl.max(tl.where(finite[:, None], tl.abs(code - centre[None, :]), 0.0), axis=1), axis=0)
     difference = tl.where(finite[:, None], code.to(tl.float64) - centre.to(tl.float64)[None, :], 0.0)
     half_norm = tl.sum(difference * difference, axis=1) * 0.5  # [BK]

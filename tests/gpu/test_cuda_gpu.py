@@ -7,7 +7,7 @@ import torch
 from contract import HARD_DATA, assert_contract, hard_data
 from contract import scores as exact_scores
 from torch import Tensor
-from triton_cases import assert_quantized_like, more_hard_data, on_a_side_stream, replayed
+from triton_cases import assert_quantized_like, more_hard_data, on_a_side_stream, replayed, thrown_out
 
 import lamkernels as lk
 from lamkernels.ops import cuda_common
@@ -25,6 +25,11 @@ DTYPES = [
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32),
 ]
+
+
+def test_codes_thrown_far_out_cost_the_others_no_digits() -> None:
+    x, codebook, expected = thrown_out()
+    assert lk.nearest_code(x.cuda(), codebook.cuda(), backend="cuda").tolist() == expected.tolist()
 
 
 def test_hard_data_keeps_the_contract() -> None:

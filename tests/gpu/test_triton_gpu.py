@@ -8,7 +8,7 @@ from contract import HARD_DATA, assert_contract, hard_data
 from contract import scores as exact_scores
 from layout_cases import CASES, LAYOUTS, assert_read_in_place
 from torch import Tensor
-from triton_cases import assert_quantized_like, more_hard_data, on_a_side_stream, replayed
+from triton_cases import assert_quantized_like, more_hard_data, on_a_side_stream, replayed, thrown_out
 
 import lamkernels as lk
 from lamkernels.ops.vector_quantize import reference
@@ -34,6 +34,11 @@ SOME = [*((shape, DTYPES[0]) for shape in SHAPES), *((SHAPES[i], pair) for i in 
 
 def data(rows: int, codes: int, dim: int, dtype: torch.dtype, code_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, dim, device="cuda").to(dtype), torch.randn(codes, dim, device="cuda").to(code_dtype)
+
+
+def test_codes_thrown_far_out_cost_the_others_no_digits() -> None:
+    x, codebook, expected = thrown_out()
+    assert lk.nearest_code(x.cuda(), codebook.cuda(), backend="triton").tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("precision", ["default", "exact"])

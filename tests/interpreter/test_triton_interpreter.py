@@ -10,7 +10,7 @@ from contract import HARD_DATA, assert_contract, hard_data
 from contract import scores as exact_scores
 from layout_cases import CASES, LAYOUTS, assert_read_in_place
 from torch import Tensor
-from triton_cases import assert_quantized_like, more_hard_data
+from triton_cases import assert_quantized_like, more_hard_data, thrown_out
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -55,6 +55,12 @@ def data(
 def hard(name: str) -> tuple[Tensor, Tensor]:
     x, codebook = MORE[name] if name in MORE else hard_data(name)
     return x[:ROWS], codebook
+
+
+def test_codes_thrown_far_out_cost_the_others_no_digits() -> None:
+    x, codebook, expected = thrown_out()
+    indices, _ = nearest.nearest_code(x[None], codebook[None], "l2", "default", False)
+    assert indices[0].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("name", [*HARD_DATA, *MORE])
