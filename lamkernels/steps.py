@@ -33,10 +33,9 @@ def noise_step(
     """
     planned, others = None, (first, noise, used)
     fits = first.shape == last.shape == noise.shape and first.dtype == last.dtype == noise.dtype == codebook.dtype
-    fits = fits and last.is_contiguous() and first.is_contiguous() and noise.is_contiguous()
-    if fits and _counts(used, codebook, torch.int32):
+    if fits and first.is_contiguous() and noise.is_contiguous() and _counts(used, codebook, torch.int32):
         planned = plan_one_call(last, codebook, "noise", "l2", "default", "auto", others=others)
-    if planned is not None:
+    if planned is not None and planned.rows is None:
         step: tuple[Tensor, Tensor, Tensor] = numba_steps().noise_step(last, codebook, first, planned.plan, noise, used)
         return step
     x = last - first
