@@ -152,7 +152,7 @@ def _noisy_rows(a, head, start, stop, weight, room, stored, computed):
     NSVQ: g + a(x − c)/r for x, of which the second part with the other sign for the code. A step at a time for all
     rows, so that while one row's sums arrive the next ones are under way.
     """
-    (factors, staging, spread, pulls, pull), dim, count = room, a[10], stop - start
+    (factors, staging, spread, pulls, one), dim, count = room, a[10], stop - start
     place, size = (head * a[8] + start) * dim, count * dim
     codes, noise = elements(a[5], place, size, stored), elements(a[22], place, size, stored)
     grad_x, sent = elements(a[18], place, size, stored), elements(a[23], place, size, computed)
@@ -178,14 +178,14 @@ def _noisy_rows(a, head, start, stop, weight, room, stored, computed):
             distance += residual * residual
         both = np.sqrt(length) * np.sqrt(distance)
         factors[n] = along / both if both > 0.0 else 0.0
+    pulled, code_step = (pulls, dim) if a[23] == 0 else (one, 0)
     for n in range(count):
         out = carray(at(grad_x, n * dim), (dim,))
         if indices[n] < 0:
             out[:] = 0
             continue
-        if a[23] == 0:
-            pull = carray(at(pulls, indices[n] * dim), (dim,))
-        else:
+        pull = carray(at(pulled, indices[n] * code_step), (dim,))
+        if code_step == 0:
             pull[:] = 0.0
         row, g = carray(at(x, n * x_step), (dim,)), carray(at(grad, n * grad_step), (dim,))
         code, factor = carray(at(codes, n * dim), (dim,)), factors[n]
@@ -193,7 +193,7 @@ def _noisy_rows(a, head, start, stop, weight, room, stored, computed):
             residual = np.float64(widen(row[d])) - np.float64(widen(code[d]))
             pull[d] += factor * residual
             out[d] = narrow(np.float64(widen(g[d])) + weight * residual + factor * residual, stored)
-        if a[23] != 0:
+        if code_step == 0:
             sent[n * dim : (n + 1) * dim] = pull
 
 
