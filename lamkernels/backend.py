@@ -67,7 +67,8 @@ def resolve(backend: str, device_type: str) -> str:
     return backend
 
 
-# os.environ looks a variable up by an exception where it is not set, which is most of what a small call is asked.
+# Where a variable is not set, os.environ raises and catches an exception, and every small call asks for it: what lies
+# under os.environ only looks.
 _variables: Any = getattr(os.environ, "_data", os.environ)
 _ASKED: Any = os.environ.encodekey("LAMKERNELS_BACKEND") if _variables is not os.environ else "LAMKERNELS_BACKEND"
 

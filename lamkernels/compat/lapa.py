@@ -154,9 +154,7 @@ class NSVQ(Compat):
             quantized, indices, perplexity = code_step(last - first, self.codebooks, used)
         else:
             quantized, indices, perplexity = noise_step(last, first, self.codebooks, noise, used)
-        counted: Any = used
-        if self.numpy_usage:
-            counted = (used if used.is_cpu else used.cpu()).numpy()
+        counted = used.cpu().numpy() if self.numpy_usage else used
         return self.decode(quantized, batch), perplexity, counted, indices.reshape(batch, -1)
 
     def _draw(self, rows: Tensor) -> Tensor:

@@ -353,8 +353,11 @@ def _in_one_call(
             if residual_sums is None or not ctx.needs_input_grad[1] or not plan.pulls:
                 pull = torch.empty(indices.numel(), dim, dtype=ctx.computed, device="cpu")
                 array[23] = pull.data_ptr()
-    of_losses = [_of_heads(grad, plan.heads, ctx.computed) for grad in (grad_commitment, grad_codebook_loss)]
-    array[14], array[15] = (grad.data_ptr() for grad in of_losses)
+    on_rows = _of_heads(grad_commitment, plan.heads, ctx.computed)
+    on_codes = on_rows
+    if grad_codebook_loss is not grad_commitment:
+        on_codes = _of_heads(grad_codebook_loss, plan.heads, ctx.computed)
+    array[14], array[15] = on_rows.data_ptr(), on_codes.data_ptr()
     if weights != (1.0, 1.0):
         array[LOSS_WEIGHTS], array[LOSS_WEIGHTS + 1] = bits(weights[0]), bits(weights[1])
     rows_in = plan.all_rows
