@@ -1,7 +1,8 @@
 // Sums of products of columns on Hopper: parts += Σ w (x - shift)(y - shift)ᵀ, as three products of bf16 halves of fp32.
 //
-// An entry is high + low, both bf16; high·high + high·low + low·high lacks low·low, which shows on the diagonal alone,
-// where all terms are positive: those squares are added up apart. Blocks take tiles of 128 × 256 columns times a range of
+// An entry is high + low, both bf16; high·high + high·low + low·high lacks low·low, which shows where all terms are
+// positive: on the diagonal of a symmetric scatter, where those squares are added up apart. Products of different rows
+// may be of equal columns anywhere, so there low·low is multiplied too. Blocks take tiles of 128 × 256 columns times a range of
 // rows. One warpgroup reads rows, splits them and stores both halves in the order in which products read them; two
 // multiply, 64 × 256 each. Products of 32 rows start from zero and are added to fp32 sums in registers, since tensor
 // cores truncate what they add up; the sums go to fp64 memory, which the block owns, every 8192 rows.
@@ -236,17 +237,19 @@ __device__ inline void split_rows(const Products& p, const Shared& s) {
 }
 
 // 64 × 128 products of 32 rows: the small terms first, while there is nothing for them to be truncated against.
+template <bool SYMMETRIC>
 __device__ inline void multiply_rows(float (&product)[64], const unsigned char* x, const unsigned char* y) {
     constexpr int X_STEP = 2 * TALL / 8 * CORE, Y_STEP = 2 * WIDE / 8 * CORE;  // of 16 rows
+    constexpr int FIRST = SYMMETRIC ? 2 : 3;
     hold(product);
     begin_products();
 #pragma unroll
-    for (int term = 0; term < 3; ++term)
+    for (int term = FIRST; term >= 0; --term)  // bits: the low half of x, the low half of y
 #pragma unroll
         for (int s = 0; s < ROWS / 16; ++s) {
-            const unsigned long long a = factor(x + (term == 0) * X_BYTES + s * X_STEP, TALL / 8 * CORE, CORE);
-            const unsigned long long b = factor(y + (term == 1) * Y_BYTES + s * Y_STEP, WIDE / 8 * CORE, CORE);
-            multiply_transposed(product, a, b, term + s > 0);
+            const unsigned long long a = factor(x + (term / 2) * X_BYTES + s * X_STEP, TALL / 8 * CORE, CORE);
+            const unsigned long long b = factor(y + (term % 2) * Y_BYTES + s * Y_STEP, WIDE / 8 * CORE, CORE);
+            multiply_transposed(product, a, b, term < FIRST || s > 0);
         }
     commit_products();
     wait_products();
@@ -266,6 +269,7 @@ __device__ inline void flush(const Products& p, const Tile& tile, float (&sums)[
     }
 }
 
+template <bool SYMMETRIC>
 __device__ inline void add_products(const Products& p, const Shared& s) {
     const Tile& tile = *s.tile;
     const int group = threadIdx.x / 128 - 1, rows = tile.rows;
@@ -276,10 +280,10 @@ __device__ inline void add_products(const Products& p, const Shared& s) {
         const unsigned char* y = s.stages + stage * STAGE_BYTES + 2 * X_BYTES;
         float product[64];
         wait(s.there + stage, lap);
-        multiply_rows(product, x, y);
+        multiply_rows<SYMMETRIC>(product, x, y);
 #pragma unroll
         for (int i = 0; i < 64; ++i) left[i] += product[i];
-        multiply_rows(product, x, y + 16 * CORE);
+        multiply_rows<SYMMETRIC>(product, x, y + 16 * CORE);
         __syncwarp();
         if (threadIdx.x % 32 == 0) arrive(s.read + stage);
 #pragma unroll
@@ -292,7 +296,8 @@ __device__ inline void add_products(const Products& p, const Shared& s) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) column_products(const Products p) {
+template <bool SYMMETRIC>
+__device__ inline void products_of_columns(const Products& p) {
     extern __shared__ __align__(128) unsigned char memory[];
     const Shared s = carve(memory);
     if (threadIdx.x == 0) {
@@ -312,12 +317,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) column_products(const P
     __syncthreads();
     if (threadIdx.x >= 128) {
         take_registers<208>();
-        add_products(p, s);
+        add_products<SYMMETRIC>(p, s);
     } else {
         give_registers<88>();
-        if (tile.diagonal)
+        if (SYMMETRIC && tile.diagonal)
             split_rows<true>(p, s);
         else
             split_rows<false>(p, s);
     }
 }
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) column_products(const Products p) { products_of_columns<true>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) cross_products(const Products p) { products_of_columns<false>(p); }

@@ -8,6 +8,7 @@ or on values. The rules come from compiled register and shared-memory use; they 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Hashable
 from typing import NamedTuple
 
@@ -202,5 +203,23 @@ def products(target: str, dim: int, other: int, wide: bool) -> Tile:
         small = target.startswith("gfx")
         return Tile(16, 1, 16 if small else min(columns, 32), 4, 1, registers(target))
     warps = 4 if columns < 64 or target in RESIDENT_ENTRIES else 8  # both factors' halves are held: 4 warps would spill
-    rows = 16 if warps == 8 and target == "sm_120" else 32
-    return Tile(rows, 1, columns, warps, 1 if target.startswith("gfx") else 2, registers(target))
+    scattered = dim % ALIGNED != 0 or other % ALIGNED != 0
+    rows = 16 if scattered or (warps == 8 and target == "sm_120") else 32
+    stages = {"sm_90": 3}.get(target, 1 if target.startswith("gfx") else 2)
+    return Tile(rows, 1, columns, warps, stages, registers(target))
+
+
+MOST_WAVES = 8
+
+
+@functools.cache
+def splits(tiles: int, most: int, places: int) -> int:
+    """Into how many ranges the rows of each of ``tiles`` go, ``most`` at most: as few as leave the last wave of programs
+    nearly full, where ``places`` run at a time."""
+    most = max(1, min(most, MOST_WAVES * places // tiles))
+    return max(range(1, most + 1), key=lambda count: (_filled(tiles * count, places), -count))
+
+
+def _filled(programs: int, places: int) -> float:
+    """The share of the places that programs keep busy, in steps of 2 %."""
+    return math.floor(50 * programs / (-(-programs // places) * places))

@@ -22,6 +22,7 @@ from torch import Tensor
 from triton_cases import assert_quantized_like, more_hard_data, thrown_out
 
 import lamkernels as lk
+from lamkernels import tuning
 from lamkernels.ops import cuda_common
 from lamkernels.ops.code_statistics import cuda as statistics
 from lamkernels.ops.code_statistics import reference as statistics_reference
@@ -168,6 +169,9 @@ def test_covariances_keep_their_accuracy_whenever_products_come(host: Host, seed
         if want[5].numel():
             assert relative(got[2], want[2]) < 1e-6 and relative(got[5], want[5]) < bound
             assert relative(got[4], want[4], (want[3].norm() * want[5].norm()).sqrt()) < bound
+    still = torch.randn(1, 3000, 24)  # frames that do not change: all columns of the later ones equal those before
+    got, want = (f(still, still.flip(2), None, 0, "default")[4] for f in (covariance.covariance, covariance_reference.covariance))
+    assert relative(got, want) < 1e-6
     few_values = torch.randint(0, 5, (1, 700, 200)).float()  # of which low halves would not average out
     got = covariance.covariance(few_values, None, None, 0, "default")[3]
     assert relative(got, covariance_reference.covariance(few_values, None, None, 0, "default")[3]) < 1e-7
@@ -194,11 +198,11 @@ def test_covariances_of_strided_rows_and_of_none(host: Host) -> None:
 def test_ranges_of_rows_fill_a_gpu() -> None:
     for dim, multiprocessors in ((2048, 132), (1024, 132), (512, 132), (64, 132), (2048, 114)):
         tiles = covariance.num_tiles(dim, dim, True)
-        splits = covariance.num_splits(tiles, 10**6, multiprocessors)
+        splits = tuning.splits(tiles, 10**6 // 128, multiprocessors)
         waves = tiles * splits / multiprocessors
-        assert waves <= covariance.MOST_WAVES and waves / -(-tiles * splits // multiprocessors) >= 0.9, (dim, splits)
-    assert covariance.num_tiles(2048, 2048, True) == 72 and covariance.num_splits(72, 5 * 10**6, 132) == 11
-    assert covariance.num_splits(3, 100, 132) == 1
+        assert waves <= tuning.MOST_WAVES and waves / -(-tiles * splits // multiprocessors) >= 0.9, (dim, splits)
+    assert covariance.num_tiles(2048, 2048, True) == 72 and tuning.splits(72, 5 * 10**6 // 128, 132) == 11
+    assert tuning.splits(3, 0, 132) == 1
 
 
 def rows_and_codes(rows: int, codes: int, dim: int, pair: tuple[torch.dtype, torch.dtype]) -> tuple[Tensor, Tensor]:

@@ -8,4 +8,4 @@
 #include "library.h"
 
 static Products products;
-const std::vector<Kernel> kernels{KERNEL(pair_weights, products), KERNEL(column_products, products)};
+const std::vector<Kernel> kernels{KERNEL(pair_weights, products), KERNEL(column_products, products), KERNEL(cross_products, products)};

@@ -1,23 +1,31 @@
-"""covariance in CUDA C++ for Hopper (csrc/covariance_hopper.cu): fp32 rows as three products of bf16 halves.
+"""covariance in CUDA C++ for Hopper (csrc/covariance_hopper.cu): fp32 rows as products of bf16 halves.
 
 For wide rows: a block computes 128 × 256 entries of a scatter. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
 
-import functools
-import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lamkernels.ops.covariance.gpu import Factor, moments
+from lamkernels import tuning
+from lamkernels.ops.covariance.reference import pairs
 from lamkernels.ops.cuda_common import HOPPER, THREADS, launch, multiprocessors, pack
 
 SOURCE, DEFINES = "covariance_hopper.cu", ("-DPRODUCT_TYPE=bf16",)
 ROWS, TALL, WIDE, BLOCK = 32, 128, 256, 384  # of a stage, columns of a tile, and threads, as in the source
 SHARED = 128 + 4 * 2 * ROWS * 2 * (TALL + WIDE) + 4 * (TALL + WIDE) + 64
-MOST_WAVES = 8
+SAMPLE = 1024  # rows that the provisional mean is computed from
+
+
+class Factor(NamedTuple):
+    """Rows (H, P, D), their provisional shift (H, D) fp32, and their mean (H, D) fp64 once known."""
+
+    x: Tensor
+    shift: Tensor
+    mean: Tensor
 
 
 def unfit(x: Tensor, y: Tensor | None, precision: str) -> str:
@@ -40,7 +48,42 @@ def covariance(x: Tensor, y: Tensor | None, weights: Tensor | None, lag: int, pr
         raise ValueError(reason)
     rows = (t if t is None or _in_groups_of_16_bytes(t) else t.contiguous() for t in (x, y))
     x, y = rows  # type: ignore[assignment]
-    return moments(x, y, weights, lag, torch.float32, pair_weights, partial_products)
+    first, second = pairs(x, y, lag)
+    inside = pair_weights(first, second, weights)
+    total = inside.sum(1)
+    left, xx = _scatter(first, inside, total)
+    if second.shape[2] == 0:
+        heads = len(first)
+        return total, left.mean, total.new_zeros((heads, 0)), xx, xx[..., :0].clone(), xx[..., :0, :0].clone()
+    right, yy = _scatter(second, inside, total)
+    xy = partial_products(left, right, inside, False)[0]
+    xy -= (total[:, None] * (left.mean - left.shift))[:, :, None] * (right.mean - right.shift)[:, None, :]
+    return total, left.mean, right.mean, xx, xy, yy
+
+
+def _provisional_shift(x: Tensor, weights: Tensor) -> Tensor:
+    """The mean of evenly spaced rows of positive weight (H, D), to 1/16 of the spread of a column.
+
+    So integers and pixels keep their grid, and their products stay exact.
+    """
+    step = max(1, x.shape[1] // SAMPLE)
+    inside = weights[:, ::step, None] > 0
+    sample, count = x[:, ::step].double(), inside.sum(1).clamp(min=1)
+    mean = torch.where(inside, sample, 0.0).sum(1) / count
+    spread = (torch.where(inside, sample - mean[:, None], 0.0).square().sum(1) / count).sqrt()
+    grid = torch.exp2(spread.where(spread > 0, 1.0).log2().ceil()) / 16
+    return torch.where(spread > 0, (mean / grid).round() * grid, mean).float()
+
+
+def _scatter(x: Tensor, weights: Tensor, total: Tensor) -> tuple[Factor, Tensor]:
+    """The rows with their mean, and their centred scatter (H, D, D) fp64."""
+    shift = _provisional_shift(x, weights)
+    rows = Factor(x, shift, shift.double())
+    products, sums = partial_products(rows, rows, weights, True)
+    step = sums / total.where(total > 0, 1.0)[:, None]
+    root = step * total.sqrt()[:, None]
+    upper = (products - root[:, :, None] * root[:, None, :]).triu()
+    return rows._replace(mean=rows.mean + step), upper + upper.triu(1).transpose(1, 2)
 
 
 def pair_weights(first: Tensor, second: Tensor, given: Tensor | None) -> Tensor:
@@ -56,7 +99,7 @@ def partial_products(left: Factor, right: Factor, weights: Tensor, symmetric: bo
     """Σ w (x − shift)(y − shift)ᵀ (H, D, E), or its upper triangle, and Σ w (x − shift) (H, D), both fp64."""
     (heads, num_pairs, dim), other = left.x.shape, right.x.shape[2]
     tiles = num_tiles(dim, other, symmetric)
-    splits = num_splits(tiles, num_pairs, multiprocessors(left.x.device))
+    splits = tuning.splits(tiles, num_pairs // (4 * ROWS), multiprocessors(left.x.device))
     size = -(-num_pairs // (splits * ROWS)) * ROWS
     parts = weights.new_zeros((heads, splits, dim, other))
     sums, low_squares = weights.new_zeros((2, heads, splits, dim))
@@ -65,7 +108,8 @@ def partial_products(left: Factor, right: Factor, weights: Tensor, symmetric: bo
             left.x, right.x, weights, shifts=(left.shift, right.shift), out=(parts, sums, low_squares),
             symmetric=symmetric, splits=splits, size=size,
         )  # fmt: skip
-        launch("column_products", SOURCE, DEFINES, heads * splits * tiles, arguments, SHARED, weights.device, BLOCK)
+        kernel = "column_products" if symmetric else "cross_products"
+        launch(kernel, SOURCE, DEFINES, heads * splits * tiles, arguments, SHARED, weights.device, BLOCK)
     products = parts.sum(1)
     if symmetric:
         products.diagonal(dim1=1, dim2=2).add_(low_squares.sum(1))
@@ -76,18 +120,6 @@ def num_tiles(dim: int, other: int, symmetric: bool) -> int:
     """Of 128 × 256 entries, of a symmetric scatter those that hold entries of the upper triangle."""
     down, across = -(-dim // TALL), -(-other // WIDE)
     return sum(across - i * TALL // WIDE for i in range(down)) if symmetric else down * across
-
-
-@functools.cache
-def num_splits(tiles: int, num_pairs: int, multiprocessors: int) -> int:
-    """How many ranges of rows: as few blocks as leave the last wave nearly full. Of the shape and the device alone."""
-    most = max(1, min(num_pairs // (4 * ROWS), MOST_WAVES * multiprocessors // tiles))
-    return max(range(1, most + 1), key=lambda splits: (_filled(tiles * splits, multiprocessors), -splits))
-
-
-def _filled(blocks: int, multiprocessors: int) -> float:
-    """The share of multiprocessors that blocks keep busy, in steps of 2 %."""
-    return math.floor(50 * blocks / (-(-blocks // multiprocessors) * multiprocessors))
 
 
 def _arguments(

@@ -1,13 +1,15 @@
 """covariance on a GPU: tiles of the upper triangle times a split of the rows, fp64 partial sums, merged in order.
 
-Rows are shifted by a provisional mean of evenly spaced ones and multiplied in fp32 (three tf32 products) over at most
-``FLUSH`` rows, whose sums go to fp64 in memory that a program owns: no atomics. Column sums come from the tiles on the
-diagonal in the same pass. The partition depends on the shape and the device alone.
+Rows are shifted by a provisional mean of evenly spaced ones and multiplied in fp32 (three tf32 products) over at most ``FLUSH`` rows, whose sums go to fp64 in memory that a program owns: no
+atomics. Column sums come from the tiles on the diagonal in the same pass. The partition depends on the shape and the
+device alone. Rows that fit one tile are checked there; others before, in a pass of their own.
 """
 
 # mypy: allow-untyped-decorators
 # (Triton ships no types)
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,10 +18,21 @@ from torch import Tensor
 from triton.language import tensor
 
 from lamkernels import tuning
-from lamkernels.ops.covariance.gpu import Factor, moments
-from lamkernels.ops.triton_common import dot, fp32_product, is_finite, on_device, persistent_programs, unit_inner
+from lamkernels.ops.covariance.reference import pairs
+from lamkernels.ops.triton_common import (
+    dot,
+    finite_rows,
+    fp32_product,
+    is_finite,
+    on_device,
+    persistent_programs,
+    round_to_tf32,
+    unit_inner,
+)
 
 FLUSH = tl.constexpr(1024)  # rows that are added up in fp32
+SAMPLE, STRIP = 256, 16  # rows that the provisional mean is computed from, and columns of one of its programs
+MERGED = 2048  # entries of parts that a program of the merge reads at a time
 
 
 @triton.jit
@@ -56,15 +69,50 @@ def finite_part(
 
 
 @triton.jit
+def shift_kernel(
+    x: tensor, weights: tensor, shift: tensor, num_pairs: tensor, dim: tensor, x_h: tensor, x_n: tensor,
+    strips: tensor, step: tensor, WHOLE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+) -> None:  # fmt: skip
+    """shift (H, D): the mean of every ``step``-th row that is in, to 1/16 of the spread of a column.
+
+    So integers and pixels keep their grid, and their products stay exact. For WHOLE see :func:`scatter_kernel`.
+    """
+    head = (tl.program_id(0) // strips).to(tl.int64)
+    d = tl.program_id(0) % strips * BD + tl.arange(0, BD)
+    n = tl.arange(0, BN).to(tl.int64) * step
+    inside = n < num_pairs
+    if WHOLE:
+        for start in range(0, dim, BD):
+            inside = inside & finite_part(x + head * x_h, x_n, n, start, dim, inside, BD)
+    else:
+        inside = tl.load(weights + head * num_pairs + n, mask=inside, other=0.0) > 0
+    mask = inside[:, None] & (d < dim)[None, :]  # [BN, BD]
+    entry = tl.load(x + head * x_h + n[:, None] * x_n + d[None, :], mask=mask, other=0.0).to(tl.float64)
+    count = tl.maximum(tl.sum(inside.to(tl.int32), axis=0), 1).to(tl.float64)
+    mean = tl.sum(entry, axis=0) / count
+    deviation = tl.where(mask, entry - mean[None, :], 0.0)
+    spread = tl.sqrt(tl.sum(deviation * deviation, axis=0) / count).to(tl.float32)
+    power = ((spread.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    usable = (power > 0) & is_finite(power)
+    grid = tl.where(usable, power, 1.0).to(tl.float64) / 16
+    rounded = tl.where(usable, tl.floor(mean / grid + 0.5) * grid, mean)
+    tl.store(shift + head * dim + d, rounded.to(shift.dtype.element_ty), mask=d < dim)
+
+
+@triton.jit
 def scatter_kernel(
     x: tensor, y: tensor, weights: tensor, shift_x: tensor, shift_y: tensor, parts: tensor, sums: tensor,
-    num_pairs: tensor, dim: tensor, other: tensor, x_h: tensor, x_n: tensor, y_h: tensor, y_n: tensor, tiles: tensor,
-    across: tensor, splits: tensor, size: tensor,
-    SYMMETRIC: tl.constexpr, MATRIX: tl.constexpr, DOT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    counts: tensor, num_pairs: tensor, dim: tensor, other: tensor, x_h: tensor, x_n: tensor, y_h: tensor, y_n: tensor,
+    tiles: tensor, across: tensor, splits: tensor, size: tensor,
+    SYMMETRIC: tl.constexpr, WHOLE: tl.constexpr, WEIGHTED: tl.constexpr, DOT: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr,
 ) -> None:  # fmt: skip
-    """parts (H, S, D, E) += Σ w (x − shift)(y − shift)ᵀ, and sums (H, S, D) += Σ w (x − shift), for a tile and a split.
+    """parts (H, S, D, E) = Σ w (x − shift)(y − shift)ᵀ and, with SYMMETRIC, sums (H, S, D) = Σ w (x − shift).
 
-    With SYMMETRIC the tiles are those of the upper triangle, row by row, and sums are added up on the diagonal.
+    Of a tile and a split of the rows. With SYMMETRIC y is x, the tiles are those of the upper triangle, row by row, and
+    sums come from those on the diagonal. With WHOLE, too, there is one tile and no weights: rows that are not finite
+    are left out here, and counts (H, S) are of the others. Else ``weights`` (H, P) are 0 for what is out, and 1 for what
+    is in without WEIGHTED.
     """
     split = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
@@ -79,62 +127,223 @@ def scatter_kernel(
         j = tile % across
     head = (split // splits).to(tl.int64)
     first = (split % splits).to(tl.int64) * size
-    stop = tl.minimum(first + size, num_pairs)
+    rows = tl.minimum(num_pairs - first, size).to(tl.int32)
+    x += head * x_h + first * x_n
+    y += head * y_h + first * y_n
+    weights += head * num_pairs + first
     at_x = i * BD + tl.arange(0, BD)
     at_y = j * BD + tl.arange(0, BD)
     shift_of_x = tl.load(shift_x + head * dim + at_x, mask=at_x < dim, other=0.0)
     shift_of_y = tl.load(shift_y + head * other + at_y, mask=at_y < other, other=0.0)
     wide = shift_x.dtype.element_ty
-    out = parts + split.to(tl.int64) * dim * other + at_x[:, None].to(tl.int64) * other + at_y[None, :]
+    out = parts + split.to(tl.int64) * dim * other + (at_x[:, None] * other + at_y[None, :])
     inside_out = (at_x < dim)[:, None] & (at_y < other)[None, :]  # [BD, BD]
-    for flush in range(first, stop, FLUSH):
+    count = tl.zeros([BN], tl.int32)
+    for flush in range(0, rows, FLUSH):
         product = tl.zeros([BD, BD], wide)
-        column = tl.zeros([BD], wide)
-        for start in range(flush, tl.minimum(flush + FLUSH, stop), BN):
+        column = tl.zeros([BN, BD] if WHOLE else [BD], wide)
+        for start in range(flush, tl.minimum(flush + FLUSH, rows), BN):
             n = start + tl.arange(0, BN)
-            weight = tl.load(weights + head * num_pairs + n, mask=n < stop, other=0.0).to(wide)
-            mask_x = (weight > 0)[:, None] & (at_x < dim)[None, :]  # [BN, BD]
-            mask_y = (weight > 0)[:, None] & (at_y < other)[None, :]
-            a = tl.load(x + head * x_h + n[:, None] * x_n + at_x[None, :], mask=mask_x, other=0.0).to(wide)
-            b = tl.load(y + head * y_h + n[:, None] * y_n + at_y[None, :], mask=mask_y, other=0.0).to(wide)
-            a = tl.where(mask_x, (a - shift_of_x[None, :]) * weight[:, None], 0.0)
-            b = tl.where(mask_y, b - shift_of_y[None, :], 0.0)
-            if MATRIX:
-                if DOT == "split":
-                    product += dot(tl.trans(a), b, DOT)
-                else:
-                    product = tl.dot(tl.trans(a), b, product, input_precision=DOT, out_dtype=wide)
+            inside = n < rows
+            at_row = n.to(tl.int64)[:, None]
+            if WHOLE:
+                a = tl.load(x + at_row * x_n + at_x[None, :], mask=inside[:, None] & (at_x < dim)[None, :], other=0.0)
+                a = a.to(wide)
+                inside = inside & finite_rows(a, BD)
+                count += inside.to(tl.int32)
+                a = tl.where(inside[:, None], a - shift_of_x[None, :], 0.0)
+                b = a
             else:
+                weight = tl.load(weights + n, mask=inside, other=0.0)
+                mask_x = (weight > 0)[:, None] & (at_x < dim)[None, :]  # [BN, BD]
+                mask_y = (weight > 0)[:, None] & (at_y < other)[None, :]
+                a = tl.load(x + at_row * x_n + at_x[None, :], mask=mask_x, other=0.0).to(wide)
+                b = tl.load(y + at_row * y_n + at_y[None, :], mask=mask_y, other=0.0).to(wide)
+                a = (a - shift_of_x[None, :]) * weight[:, None]
+                b = (b - shift_of_y[None, :]) * (tl.where(weight > 0, 1.0, 0.0) if WEIGHTED else weight)[:, None]
+            if WHOLE:
+                column += a
+            elif SYMMETRIC:  # noqa: SIM102  # decided by the compiler; the next line by each program
+                if i == j:
+                    column += tl.sum(a, axis=0)
+            if DOT == "sum":
                 product += tl.sum(a[:, :, None] * b[:, None, :], axis=0)
-            if SYMMETRIC:
-                column += tl.sum(a, axis=0)
-        tl.store(out, tl.load(out, mask=inside_out, other=0.0) + product.to(tl.float64), mask=inside_out)
-        if SYMMETRIC:  # noqa: SIM102  # decided by the compiler; the next line by each program
+            elif DOT == "split" and WHOLE:  # half of the product, whose transpose is the other half
+                high = round_to_tf32(a)
+                part = tl.dot(tl.trans(high), a - high, input_precision="tf32", out_dtype=wide)
+                product += tl.dot(tl.trans(high), high * 0.5, part, input_precision="tf32")
+            elif DOT == "split":
+                product += dot(tl.trans(a), b, DOT)
+            else:
+                product = tl.dot(tl.trans(a), b, product, input_precision=DOT, out_dtype=wide)
+        if WHOLE:
+            column = tl.sum(column, axis=0)
+            if DOT == "split":
+                product += tl.trans(product)
+        more = inside_out & (flush > 0)
+        tl.store(out, tl.load(out, mask=more, other=0.0) + product.to(tl.float64), mask=inside_out)
+        if SYMMETRIC:  # noqa: SIM102
             if i == j:
                 to = sums + split.to(tl.int64) * dim + at_x
-                tl.store(to, tl.load(to, mask=at_x < dim, other=0.0) + column.to(tl.float64), mask=at_x < dim)
+                before = tl.load(to, mask=(at_x < dim) & (flush > 0), other=0.0)
+                tl.store(to, before + column.to(tl.float64), mask=at_x < dim)
+    if WHOLE:
+        tl.store(counts + split, tl.sum(count, axis=0).to(tl.float64))
 
 
-def partial_products(left: Factor, right: Factor, weights: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Σ w (x − shift)(y − shift)ᵀ (H, D, E), or its upper triangle, and Σ w (x − shift) (H, D), both fp64."""
-    x, y, target = left.x, right.x, tuning.target_of(left.x.device)
-    (heads, num_pairs, dim), other = x.shape, y.shape[2]
-    wide = left.shift.dtype == torch.float64
+@triton.jit
+def summed(
+    parts: tensor, at: tensor, inside: tensor, stride: tensor, splits: tensor, SB: tl.constexpr, BE: tl.constexpr
+) -> tensor:  # fmt: skip
+    """Of ``parts`` (S, ...), with ``stride`` from one split to the next, the sum at ``at`` [BE] over the splits."""
+    total = tl.zeros([BE], tl.float64)
+    for start in range(0, splits, SB):
+        s = start + tl.arange(0, SB)
+        mask = (s < splits)[:, None] & inside[None, :]  # [SB, BE]
+        total += tl.sum(tl.load(parts + s.to(tl.int64)[:, None] * stride + at[None, :], mask=mask, other=0.0), axis=0)
+    return total
+
+
+@triton.jit
+def merge_kernel(
+    parts: tensor, sums: tensor, weights: tensor, shift: tensor, scatter: tensor, mean: tensor, step: tensor,
+    weight: tensor, dim: tensor, splits: tensor, shares: tensor, blocks: tensor, SB: tl.constexpr, BE: tl.constexpr,
+) -> None:  # fmt: skip
+    """The scatter (H, D, D) about the mean, from the upper triangles of its parts; the mean and its step from the shift
+    (H, D); and the weight (H,), the sum of ``weights`` (H, shares). A program has BE entries of a row of one head."""
+    row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    head, i = (row // dim).to(tl.int64), row % dim
+    e = block * BE + tl.arange(0, BE)
+    if block * BE + BE > i:
+        inside, alone, square = e < dim, e == block * BE, dim.to(tl.int64) * dim
+        total = tl.sum(summed(weights + head * shares, e * 0, alone, 1, shares, SB, BE), axis=0)
+        divisor = tl.where(total > 0, total, 1.0)
+        first = head * splits
+        of_row = tl.sum(summed(sums + first * dim, e * 0 + i, alone, dim, splits, SB, BE), axis=0) / divisor
+        of_column = summed(sums + first * dim, e, inside, dim, splits, SB, BE) / divisor
+        above = inside & (e >= i)
+        value = summed(parts + first * square, i.to(tl.int64) * dim + e, above, square, splits, SB, BE)
+        value -= total * of_row * of_column
+        to = scatter + head * square
+        tl.store(to + i.to(tl.int64) * dim + e, value, mask=above)
+        tl.store(to + e.to(tl.int64) * dim + i, value, mask=above)
+        if i == 0:
+            near = tl.load(shift + head * dim + e, mask=inside, other=0.0).to(tl.float64)
+            tl.store(mean + head * dim + e, near + of_column, mask=inside)
+            tl.store(step + head * dim + e, of_column, mask=inside)
+            tl.store(weight + head + e, total + e * 0.0, mask=e == 0)
+
+
+@triton.jit
+def merge_cross_kernel(
+    parts: tensor, step_x: tensor, step_y: tensor, weight: tensor, scatter: tensor, dim: tensor, other: tensor,
+    splits: tensor, blocks: tensor, SB: tl.constexpr, BE: tl.constexpr,
+) -> None:  # fmt: skip
+    """The scatter (H, D, E) about both means, from its parts and what :func:`merge_kernel` found for both sides."""
+    row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    head, i = (row // dim).to(tl.int64), row % dim
+    e = block * BE + tl.arange(0, BE)
+    size = dim.to(tl.int64) * other
+    at = i.to(tl.int64) * other + e
+    value = summed(parts + head * splits * size, at, e < other, size, splits, SB, BE)
+    of_row, of_column = tl.load(step_x + row), tl.load(step_y + head * other + e, mask=e < other, other=0.0)
+    value -= tl.load(weight + head) * of_row * of_column
+    tl.store(scatter + head * size + at, value, mask=e < other)
+
+
+class Side(NamedTuple):
+    """Rows (H, P, D), their provisional shift (H, D) in the computed dtype, and the step (H, D) fp64 to their mean."""
+
+    x: Tensor
+    shift: Tensor
+    step: Tensor
+
+
+class Plan(NamedTuple):
+    """How products of rows (H, P, D) and (H, P, E) are computed: compile-time arguments, and the partition."""
+
+    tile: tuning.Tile
+    dot: str
+    tiles: int
+    across: int
+    splits: int
+    size: int
+
+
+def plan(x: Tensor, y: Tensor, wide: bool, symmetric: bool) -> Plan:
+    target = tuning.target_of(x.device)
+    (_, num_pairs, dim), other = x.shape, y.shape[2]
     tile = tuning.products(target, dim, other, wide)
     down, across = triton.cdiv(dim, tile.dim), triton.cdiv(other, tile.dim)
     tiles = across * (across + 1) // 2 if symmetric else down * across
-    splits = max(1, min(persistent_programs(x.device) // tiles, triton.cdiv(num_pairs, FLUSH.value)))
+    places = persistent_programs(x.device) * tuning.programs(tile) // tuning.PROGRAMS
+    splits = tuning.splits(tiles, triton.cdiv(num_pairs, FLUSH.value), places)
     size = triton.cdiv(triton.cdiv(num_pairs, splits), tile.rows) * tile.rows
-    parts = x.new_zeros((heads, splits, dim, other), dtype=torch.float64)
-    sums = x.new_zeros((heads, splits, dim), dtype=torch.float64)
-    if parts.numel() and num_pairs:
-        matrix = not (wide and target.startswith("gfx"))  # where fp64 products do not compile in every release
-        scatter_kernel[(heads * splits * tiles,)](
-            x, y, weights, left.shift, right.shift, parts, sums, num_pairs, dim, other, *x.stride()[:2],
-            *y.stride()[:2], tiles, across, splits, size, symmetric, matrix, "ieee" if wide else fp32_product(target),
-            tile.rows, tile.dim, **tile.options(),
-        )  # fmt: skip
-    return parts.sum(1), sums.sum(1)
+    if wide:  # fp64 products do not compile in every release for AMD
+        name = "sum" if target.startswith("gfx") else "ieee"
+    else:
+        name = fp32_product(target)
+    return Plan(tile, name, tiles, across, triton.cdiv(num_pairs, size), size)
+
+
+def products(left: Side, right: Side, weights: Tensor | None, weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`scatter_kernel`; symmetric where both sides are one, and of whole rows without weights (H, P)."""
+    x, y, symmetric = left.x, right.x, left is right
+    (heads, num_pairs, dim), other = x.shape, y.shape[2]
+    how = plan(x, y, left.shift.dtype == torch.float64, symmetric)
+    parts = x.new_empty((heads, how.splits, dim, other), dtype=torch.float64)
+    sums, counts = parts.new_empty((heads, how.splits, dim)), parts.new_empty((heads, how.splits))
+    scatter_kernel[(heads * how.splits * how.tiles,)](
+        x, y, counts if weights is None else weights, left.shift, right.shift, parts, sums, counts, num_pairs, dim,
+        other, *x.stride()[:2], *y.stride()[:2], how.tiles, how.across, how.splits, how.size, symmetric,
+        weights is None, weighted, how.dot, how.tile.rows, how.tile.dim, **how.tile.options(),
+    )  # fmt: skip
+    return parts, sums, counts
+
+
+def blocks_of(splits: int, columns: int) -> tuple[int, int, int]:
+    """How many blocks a row of a scatter has in a merge; and how many splits, and entries, are read at a time."""
+    at_once = min(tuning.power(splits, 1), 128)
+    entries = min(tuning.power(columns), MERGED // at_once)
+    return triton.cdiv(columns, entries), at_once, entries
+
+
+def scatter(
+    x: Tensor, weights: Tensor | None, total: Tensor | None, weighted: bool, computed: torch.dtype
+) -> tuple[Tensor, Side, Tensor, Tensor]:
+    """The weight (H,), the rows with their shift and step, their mean (H, D) and centred scatter (H, D, D), fp64.
+
+    Without weights (H, P), and their sum (H, 1), of whole rows, which are checked on the way.
+    """
+    heads, num_pairs, dim = x.shape
+    shift, strips = x.new_empty((heads, dim), dtype=computed), triton.cdiv(dim, STRIP)
+    shift_kernel[(heads * strips,)](
+        x, shift if weights is None else weights, shift, num_pairs, dim, *x.stride()[:2], strips,
+        triton.cdiv(num_pairs, SAMPLE), weights is None, SAMPLE, STRIP, **tuning.PLAIN.options(),
+    )  # fmt: skip
+    mean, step = shift.new_empty((2, heads, dim), dtype=torch.float64)
+    side = Side(x, shift, step)
+    parts, sums, counts = products(side, side, weights, weighted)
+    weight, result, masses = mean.new_empty(heads), mean.new_empty((heads, dim, dim)), counts if total is None else total
+    blocks, at_once, entries = blocks_of(parts.shape[1], dim)
+    merge_kernel[(heads * dim * blocks,)](
+        parts, sums, masses, shift, result, mean, step, weight, dim, parts.shape[1], masses.shape[1], blocks, at_once,
+        entries, **tuning.PLAIN.options(),
+    )  # fmt: skip
+    return weight, side, mean, result
+
+
+def cross_scatter(left: Side, right: Side, weights: Tensor, weighted: bool, total: Tensor) -> Tensor:
+    """Σ w (x − x̄)(y − ȳ)ᵀ (H, D, E) fp64."""
+    parts = products(left, right, weights, weighted)[0]
+    heads, splits, dim, other = parts.shape
+    result = parts.new_empty((heads, dim, other))
+    blocks, at_once, entries = blocks_of(splits, other)
+    merge_cross_kernel[(heads * dim * blocks,)](
+        parts, left.step, right.step, total, result, dim, other, splits, blocks, at_once, entries,
+        **tuning.PLAIN.options(),
+    )  # fmt: skip
+    return result
 
 
 def pair_weights(first: Tensor, second: Tensor, given: Tensor | None) -> Tensor:
@@ -143,18 +352,32 @@ def pair_weights(first: Tensor, second: Tensor, given: Tensor | None) -> Tensor:
     weights = first.new_empty((heads, num_pairs), dtype=torch.float64)
     tile = tuning.elementwise(tuning.target_of(first.device), dim)
     tiles = triton.cdiv(num_pairs, tile.rows)
-    if heads * tiles:
-        source = weights if given is None else given
-        pair_weights_kernel[(heads * tiles,)](
-            first, second, source, weights, num_pairs, dim, other, *first.stride()[:2], *second.stride()[:2],
-            *source.stride(), tiles, given is not None, tile.rows, tile.dim, **tile.options(),
-        )  # fmt: skip
+    source = weights if given is None else given
+    pair_weights_kernel[(heads * tiles,)](
+        first, second, source, weights, num_pairs, dim, other, *first.stride()[:2], *second.stride()[:2],
+        *source.stride(), tiles, given is not None, tile.rows, tile.dim, **tile.options(),
+    )  # fmt: skip
     return weights
 
 
 def covariance(x: Tensor, y: Tensor | None, weights: Tensor | None, lag: int, precision: str) -> tuple[Tensor, ...]:
     """See :func:`lamkernels.moments`. ``x`` (H, N, D), ``y`` (H, N, E) or None, ``weights`` (H, max(N − lag, 0))."""
-    x, y = unit_inner(x), None if y is None else unit_inner(y)
+    first, second = pairs(unit_inner(x), None if y is None else unit_inner(y), lag)
+    (heads, num_pairs, dim), other = first.shape, second.shape[2]
     computed = torch.float64 if precision == "exact" or x.dtype == torch.float64 else torch.float32
+    if heads * num_pairs == 0:
+        shapes = (), (dim,), (other,), (dim, dim), (dim, other), (other, other)
+        return tuple(x.new_zeros((heads, *shape), dtype=torch.float64) for shape in shapes)
     with on_device(x):
-        return moments(x, y, weights, lag, computed, pair_weights, partial_products)
+        whole = weights is None and other == 0 and plan(first, first, computed == torch.float64, True).tiles == 1
+        inside = None if whole else pair_weights(first, second, weights)
+        total, weighted = None if inside is None else inside.sum(1, keepdim=True), weights is not None
+        inside = None if inside is None else inside.to(computed)
+        weight, left, mean_x, xx = scatter(first, inside, total, weighted, computed)
+        if other == 0:
+            nothing = (xx.new_empty((heads, *shape)) for shape in ((0,), (dim, 0), (0, 0)))
+            mean_y, xy, yy = nothing
+            return weight, mean_x, mean_y, xx, xy, yy
+        assert inside is not None
+        _, right, mean_y, yy = scatter(second, inside, total, weighted, computed)
+        return weight, mean_x, mean_y, xx, cross_scatter(left, right, inside, weighted, weight), yy
