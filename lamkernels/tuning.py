@@ -202,10 +202,11 @@ def products(target: str, dim: int, other: int, wide: bool) -> Tile:
     if wide:
         small = target.startswith("gfx")
         return Tile(16, 1, 16 if small else min(columns, 32), 4, 1, registers(target))
-    warps = 4 if columns < 64 or target in RESIDENT_ENTRIES else 8  # both factors' halves are held: 4 warps would spill
     scattered = dim % ALIGNED != 0 or other % ALIGNED != 0
-    rows = 16 if scattered or (warps == 8 and target == "sm_120") else 32
-    stages = {"sm_90": 3}.get(target, 1 if target.startswith("gfx") else 2)
+    few = columns < 64 or target == "gfx942" or (target == "sm_90" and not scattered)
+    warps = 4 if few else 8  # both factors' halves are held: 4 warps would spill
+    rows = 32 if target in ("sm_100", "gfx942") or (few and not scattered) else 16
+    stages = 1 if target == "gfx942" or (target == "sm_120" and scattered) else 3 if target == "sm_90" else 2
     return Tile(rows, 1, columns, warps, stages, registers(target))
 
 
@@ -214,8 +215,10 @@ MOST_WAVES = 8
 
 @functools.cache
 def splits(tiles: int, most: int, places: int) -> int:
-    """Into how many ranges the rows of each of ``tiles`` go, ``most`` at most: as few as leave the last wave of programs
-    nearly full, where ``places`` run at a time."""
+    """Into how many ranges the rows of each of ``tiles`` go, ``most`` at most.
+
+    As few as leave the last wave of programs nearly full, where ``places`` run at a time.
+    """
     most = max(1, min(most, MOST_WAVES * places // tiles))
     return max(range(1, most + 1), key=lambda count: (_filled(tiles * count, places), -count))
 

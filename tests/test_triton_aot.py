@@ -80,6 +80,11 @@ def co_moments(dim: int, dtype: torch.dtype, precision: str = "default", rows: i
     covariances.covariance(meta(1, rows, dim, dtype=dtype), None, weights, 1, precision)
 
 
+def plain_moments(dim: int, dtype: torch.dtype, precision: str = "default", rows: int = 10**6) -> None:
+    """Of rows that all count: one scatter."""
+    covariances.covariance(meta(1, rows, dim, dtype=dtype), None, None, 0, precision)
+
+
 SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 SHORT: dict[str, Any] = {  # what a change is most likely to break
     "quantise 16 x 128": lambda: quantise(16, 128, SINGLE),
@@ -93,6 +98,7 @@ SHORT: dict[str, Any] = {  # what a change is most likely to break
     "finite scalar 8 5 5 5": lambda: scalars([8, 5, 5, 5], SINGLE),
     "lookup-free 18": lambda: lookup_free(18, SINGLE),
     "moments 64": lambda: co_moments(64, SINGLE),
+    "covariance 64": lambda: plain_moments(64, SINGLE),
 }
 LONG: dict[str, Any] = {  # every branch of tuning.py
     **{f"quantise {k} x {d}": functools.partial(quantise, k, d, SINGLE) for k, d in (
@@ -139,6 +145,10 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
     **{f"moments {d}, bf16": functools.partial(co_moments, d, HALF) for d in (7, 32, 100, 512)},
     **{f"moments {d}, exact": functools.partial(co_moments, d, SINGLE, "exact") for d in (7, 20, 100, 512)},
     "moments 512, fp64": lambda: co_moments(512, DOUBLE),
+    **{f"covariance {d}": functools.partial(plain_moments, d, SINGLE) for d in (1, 7, 20, 32, 100, 512, 2048)},
+    **{f"covariance {d}, bf16": functools.partial(plain_moments, d, HALF) for d in (20, 64, 100, 512)},
+    **{f"covariance {d}, exact": functools.partial(plain_moments, d, SINGLE, "exact") for d in (7, 20, 64)},
+    "covariance 30, fp64": lambda: plain_moments(30, DOUBLE),
 }  # fmt: skip
 CASES = [*SHORT, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in LONG)]
 
@@ -174,7 +184,8 @@ MACHINE_CODE = {  # on sm_90, by case and kernel: what has to be in it, and what
     # the next tiles of rows are on their way while one is worked on
     ("lookup 64 x 64, bf16", "nearest_code_resident_kernel"): (
         [r"HGMMA\.64x\d+x16\.F32\.BF16", ASYNC_LOAD], [r"\bHMMA\."]),
-    ("moments 64", "scatter_kernel"): ([r"HGMMA\.64x64x8\.F32\.TF32", ASYNC_LOAD, WIDE_STORE], [r"\bHMMA\."]),
+    **{(case, "scatter_kernel"): ([r"HGMMA\.64x64x8\.F32\.TF32", ASYNC_LOAD, WIDE_STORE], [r"\bHMMA\."])
+       for case in ("moments 64", "covariance 64")},
     **{("finite scalar 8 5 5 5" + t, f"finite_scalar_quantize_{p}_kernel"): (
         [WIDE_LOAD, WIDE_STORE], [SINGLE_LOAD, SINGLE_STORE]) for t in ("", ", bf16") for p in ("fwd", "bwd")},
     **{("lookup-free 16" + t, f"lookup_free_{p}_kernel"): ([WIDE_LOAD, WIDE_STORE], [SINGLE_STORE])
@@ -199,6 +210,10 @@ def test_two_programs_of_a_streamed_lookup_share_a_multiprocessor() -> None:
     (launch,) = (one for one in record("sm_90", LONG["lookup 1024 x 64, bf16"]) if "streamed" in one.kernel.__name__)
     taken = use(build(launch, "sm_90"))
     assert 2 * taken.registers * 32 * dict(launch.options)["num_warps"] <= 2**16 and 2 * taken.shared <= SHARED["sm_90"]
+
+
+def test_a_covariance_takes_three_launches() -> None:
+    assert len(record("sm_90", LONG["covariance 32"])) == 3
 
 
 def test_training_takes_three_launches() -> None:

@@ -22,8 +22,8 @@ def test_agrees_with_the_specification(shape: tuple[int, int], precision: str, d
     x = (torch.randn(shape, device="cuda") + 10).to(dtype)
     if shape[0] > 9:
         x[3, 0], x[9, 2] = torch.nan, torch.inf
-    for lag in (None, 5):
-        weights = torch.rand(max(shape[0] - (lag or 0), 0), device="cuda")
+    for lag, weighted in ((None, False), (None, True), (5, True)):
+        weights = torch.rand(max(shape[0] - (lag or 0), 0), device="cuda") if weighted else None
         got, want = (
             moments(x, lag=lag, weights=weights, precision=precision, backend=name) for name in ("triton", "reference")
         )

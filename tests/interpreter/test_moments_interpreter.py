@@ -49,6 +49,16 @@ def test_shapes(shape):
     agree(x, None, None, 1)
 
 
+@pytest.mark.parametrize("precision", ["default", "exact"])
+def test_rows_that_are_out_spoil_nothing_where_a_tile_holds_whole_rows(precision):
+    x = torch.randn(2, 1100, 20) + 5
+    x[:, ::7, 4], x[:, ::7, 5:] = torch.nan, 1e30
+    x[0, 1], x[0, 2, 0] = -torch.inf, torch.inf
+    agree(x, None, None, 0, precision)
+    for found in ours.covariance(torch.full((1, 9, 20), torch.nan), None, None, 0, precision):
+        assert not found.any()
+
+
 def test_strides_and_exact():
     x = torch.randn(33, 70, 1).transpose(0, 2) + 1000  # (1, 70, 33), columns far apart
     agree(x, None, None, 0)

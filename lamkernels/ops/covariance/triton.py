@@ -1,8 +1,9 @@
 """covariance on a GPU: tiles of the upper triangle times a split of the rows, fp64 partial sums, merged in order.
 
-Rows are shifted by a provisional mean of evenly spaced ones and multiplied in fp32 (three tf32 products) over at most ``FLUSH`` rows, whose sums go to fp64 in memory that a program owns: no
-atomics. Column sums come from the tiles on the diagonal in the same pass. The partition depends on the shape and the
-device alone. Rows that fit one tile are checked there; others before, in a pass of their own.
+Rows are shifted by a provisional mean of evenly spaced ones and multiplied in fp32 (as tf32 products that keep 22 bits)
+over at most ``FLUSH`` rows, whose sums go to fp64 in memory that a program owns: no atomics. Column sums come from the
+tiles on the diagonal in the same pass. Unweighted rows that fit one tile are checked there, and a covariance is three
+launches; others are checked before, in a pass of their own. The partition depends on the shape and the device alone.
 """
 
 # mypy: allow-untyped-decorators
@@ -111,8 +112,8 @@ def scatter_kernel(
 
     Of a tile and a split of the rows. With SYMMETRIC y is x, the tiles are those of the upper triangle, row by row, and
     sums come from those on the diagonal. With WHOLE, too, there is one tile and no weights: rows that are not finite
-    are left out here, and counts (H, S) are of the others. Else ``weights`` (H, P) are 0 for what is out, and 1 for what
-    is in without WEIGHTED.
+    are left out here, and counts (H, S) are of the others. Else ``weights`` (H, P) are 0 for what is out, and without
+    WEIGHTED 1 for what is in.
     """
     split = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
@@ -131,12 +132,13 @@ def scatter_kernel(
     x += head * x_h + first * x_n
     y += head * y_h + first * y_n
     weights += head * num_pairs + first
-    at_x = i * BD + tl.arange(0, BD)
-    at_y = j * BD + tl.arange(0, BD)
+    d = tl.arange(0, BD)
+    at_x, at_y = i * BD + d, j * BD + d
     shift_of_x = tl.load(shift_x + head * dim + at_x, mask=at_x < dim, other=0.0)
     shift_of_y = tl.load(shift_y + head * other + at_y, mask=at_y < other, other=0.0)
     wide = shift_x.dtype.element_ty
-    out = parts + split.to(tl.int64) * dim * other + (at_x[:, None] * other + at_y[None, :])
+    corner = (split.to(tl.int64) * dim + i * BD) * other + j * BD
+    out = parts + corner + (d[:, None] * other + d[None, :])
     inside_out = (at_x < dim)[:, None] & (at_y < other)[None, :]  # [BD, BD]
     count = tl.zeros([BN], tl.int32)
     for flush in range(0, rows, FLUSH):
@@ -192,63 +194,69 @@ def scatter_kernel(
 
 
 @triton.jit
-def summed(
-    parts: tensor, at: tensor, inside: tensor, stride: tensor, splits: tensor, SB: tl.constexpr, BE: tl.constexpr
-) -> tensor:  # fmt: skip
-    """Of ``parts`` (S, ...), with ``stride`` from one split to the next, the sum at ``at`` [BE] over the splits."""
-    total = tl.zeros([BE], tl.float64)
-    for start in range(0, splits, SB):
-        s = start + tl.arange(0, SB)
-        mask = (s < splits)[:, None] & inside[None, :]  # [SB, BE]
-        total += tl.sum(tl.load(parts + s.to(tl.int64)[:, None] * stride + at[None, :], mask=mask, other=0.0), axis=0)
-    return total
+def added_up(parts: tensor, s: tensor, splits: tensor, stride: tensor, at: tensor, inside: tensor) -> tensor:
+    """Of ``parts`` (splits, ...), ``stride`` from one to the next, the sum at ``at`` [BE] over those of ``s`` [SB]."""
+    mask = (s < splits)[:, None] & inside[None, :]  # [SB, BE]
+    return tl.sum(tl.load(parts + s.to(tl.int64)[:, None] * stride + at[None, :], mask=mask, other=0.0), axis=0)
+
+
+@triton.jit
+def entries_of(block: tensor, columns: tensor, BE: tl.constexpr) -> tuple[tensor, tensor, tensor]:
+    """The place [BE] of each entry of a block in a matrix, its row and its column."""
+    first = block.to(tl.int64) * BE
+    row = first // columns
+    k = tl.arange(0, BE)
+    at = (first - row * columns).to(tl.int32) + k  # so that the division of all of them is one of 32 bits
+    return first + k, row + at // columns, at % columns
 
 
 @triton.jit
 def merge_kernel(
     parts: tensor, sums: tensor, weights: tensor, shift: tensor, scatter: tensor, mean: tensor, step: tensor,
-    weight: tensor, dim: tensor, splits: tensor, shares: tensor, blocks: tensor, SB: tl.constexpr, BE: tl.constexpr,
+    weight: tensor, dim: tensor, square: tensor, splits: tensor, shares: tensor, blocks: tensor, SB: tl.constexpr,
+    BE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The scatter (H, D, D) about the mean, from the upper triangles of its parts; the mean and its step from the shift
-    (H, D); and the weight (H,), the sum of ``weights`` (H, shares). A program has BE entries of a row of one head."""
-    row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    head, i = (row // dim).to(tl.int64), row % dim
-    e = block * BE + tl.arange(0, BE)
-    if block * BE + BE > i:
-        inside, alone, square = e < dim, e == block * BE, dim.to(tl.int64) * dim
-        total = tl.sum(summed(weights + head * shares, e * 0, alone, 1, shares, SB, BE), axis=0)
-        divisor = tl.where(total > 0, total, 1.0)
-        first = head * splits
-        of_row = tl.sum(summed(sums + first * dim, e * 0 + i, alone, dim, splits, SB, BE), axis=0) / divisor
-        of_column = summed(sums + first * dim, e, inside, dim, splits, SB, BE) / divisor
-        above = inside & (e >= i)
-        value = summed(parts + first * square, i.to(tl.int64) * dim + e, above, square, splits, SB, BE)
-        value -= total * of_row * of_column
-        to = scatter + head * square
-        tl.store(to + i.to(tl.int64) * dim + e, value, mask=above)
-        tl.store(to + e.to(tl.int64) * dim + i, value, mask=above)
-        if i == 0:
-            near = tl.load(shift + head * dim + e, mask=inside, other=0.0).to(tl.float64)
-            tl.store(mean + head * dim + e, near + of_column, mask=inside)
-            tl.store(step + head * dim + e, of_column, mask=inside)
-            tl.store(weight + head + e, total + e * 0.0, mask=e == 0)
+    """The scatter (H, D, D) about the mean, from the upper triangles of its parts; a program merges BE entries.
+
+    And the mean (H, D), its step from the shift, and the weight (H,), the sum of ``weights`` (H, shares).
+    """
+    head, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    e, i, j = entries_of(block, dim, BE)
+    inside, above, first = e < square, (e < square) & (j >= i), head * splits
+    total, of_row = tl.zeros([BE], tl.float64), tl.zeros([BE], tl.float64)
+    of_column, value = tl.zeros([BE], tl.float64), tl.zeros([BE], tl.float64)
+    for start in range(0, splits, SB):
+        s = start + tl.arange(0, SB)
+        total += added_up(weights + head * shares, s, shares, 1, e * 0, inside)
+        of_row += added_up(sums + first * dim, s, splits, dim, i, inside)
+        of_column += added_up(sums + first * dim, s, splits, dim, j, inside)
+        value += added_up(parts + first * square, s, splits, square, e, above)
+    divisor = tl.where(total > 0, total, 1.0)
+    of_row, of_column = of_row / divisor, of_column / divisor
+    value -= total * of_row * of_column
+    tl.store(scatter + head * square + e, value, mask=above)
+    tl.store(scatter + head * square + j * dim + i, value, mask=above)
+    on_top = inside & (i == 0)
+    near = tl.load(shift + head * dim + j, mask=on_top, other=0.0).to(tl.float64)
+    tl.store(mean + head * dim + j, near + of_column, mask=on_top)
+    tl.store(step + head * dim + j, of_column, mask=on_top)
+    tl.store(weight + head + e, total, mask=e == 0)
 
 
 @triton.jit
 def merge_cross_kernel(
     parts: tensor, step_x: tensor, step_y: tensor, weight: tensor, scatter: tensor, dim: tensor, other: tensor,
-    splits: tensor, blocks: tensor, SB: tl.constexpr, BE: tl.constexpr,
+    size: tensor, splits: tensor, blocks: tensor, SB: tl.constexpr, BE: tl.constexpr,
 ) -> None:  # fmt: skip
     """The scatter (H, D, E) about both means, from its parts and what :func:`merge_kernel` found for both sides."""
-    row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    head, i = (row // dim).to(tl.int64), row % dim
-    e = block * BE + tl.arange(0, BE)
-    size = dim.to(tl.int64) * other
-    at = i.to(tl.int64) * other + e
-    value = summed(parts + head * splits * size, at, e < other, size, splits, SB, BE)
-    of_row, of_column = tl.load(step_x + row), tl.load(step_y + head * other + e, mask=e < other, other=0.0)
-    value -= tl.load(weight + head) * of_row * of_column
-    tl.store(scatter + head * size + at, value, mask=e < other)
+    head, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    e, i, j = entries_of(block, other, BE)
+    of_row = tl.load(step_x + head * dim + i, mask=e < size, other=0.0)
+    of_column = tl.load(step_y + head * other + j, mask=e < size, other=0.0)
+    value = tl.zeros([BE], tl.float64)
+    for start in range(0, splits, SB):
+        value += added_up(parts + head * splits * size, start + tl.arange(0, SB), splits, size, e, e < size)
+    tl.store(scatter + head * size + e, value - tl.load(weight + head) * of_row * of_column, mask=e < size)
 
 
 class Side(NamedTuple):
@@ -260,7 +268,7 @@ class Side(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How products of rows (H, P, D) and (H, P, E) are computed: compile-time arguments, and the partition."""
+    """How products of rows (H, P, D) and (H, P, E) are computed: the tile, and the names of a kernel's arguments."""
 
     tile: tuning.Tile
     dot: str
@@ -271,6 +279,7 @@ class Plan(NamedTuple):
 
 
 def plan(x: Tensor, y: Tensor, wide: bool, symmetric: bool) -> Plan:
+    """Of fp64 products if ``wide``, and of the upper triangle alone if ``symmetric``."""
     target = tuning.target_of(x.device)
     (_, num_pairs, dim), other = x.shape, y.shape[2]
     tile = tuning.products(target, dim, other, wide)
@@ -279,11 +288,8 @@ def plan(x: Tensor, y: Tensor, wide: bool, symmetric: bool) -> Plan:
     places = persistent_programs(x.device) * tuning.programs(tile) // tuning.PROGRAMS
     splits = tuning.splits(tiles, triton.cdiv(num_pairs, FLUSH.value), places)
     size = triton.cdiv(triton.cdiv(num_pairs, splits), tile.rows) * tile.rows
-    if wide:  # fp64 products do not compile in every release for AMD
-        name = "sum" if target.startswith("gfx") else "ieee"
-    else:
-        name = fp32_product(target)
-    return Plan(tile, name, tiles, across, triton.cdiv(num_pairs, size), size)
+    double = "sum" if target.startswith("gfx") else "ieee"  # fp64 products do not compile in every release for AMD
+    return Plan(tile, double if wide else fp32_product(target), tiles, across, triton.cdiv(num_pairs, size), size)
 
 
 def products(left: Side, right: Side, weights: Tensor | None, weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,11 +307,15 @@ def products(left: Side, right: Side, weights: Tensor | None, weighted: bool) ->
     return parts, sums, counts
 
 
-def blocks_of(splits: int, columns: int) -> tuple[int, int, int]:
-    """How many blocks a row of a scatter has in a merge; and how many splits, and entries, are read at a time."""
+def merging(x: Tensor) -> tuning.Tile:
+    return tuning.PLAIN._replace(registers=tuning.registers(tuning.target_of(x.device)))
+
+
+def merge_blocks(splits: int, entries: int) -> tuple[int, int, int]:
+    """How many programs merge the parts of a scatter, and how many splits and entries one of them reads at a time."""
     at_once = min(tuning.power(splits, 1), 128)
-    entries = min(tuning.power(columns), MERGED // at_once)
-    return triton.cdiv(columns, entries), at_once, entries
+    width = min(MERGED // at_once, 512)
+    return triton.cdiv(entries, width), at_once, width
 
 
 def scatter(
@@ -324,11 +334,12 @@ def scatter(
     mean, step = shift.new_empty((2, heads, dim), dtype=torch.float64)
     side = Side(x, shift, step)
     parts, sums, counts = products(side, side, weights, weighted)
-    weight, result, masses = mean.new_empty(heads), mean.new_empty((heads, dim, dim)), counts if total is None else total
-    blocks, at_once, entries = blocks_of(parts.shape[1], dim)
-    merge_kernel[(heads * dim * blocks,)](
-        parts, sums, masses, shift, result, mean, step, weight, dim, parts.shape[1], masses.shape[1], blocks, at_once,
-        entries, **tuning.PLAIN.options(),
+    weight, result = mean.new_empty(heads), mean.new_empty((heads, dim, dim))
+    shares = counts if total is None else total
+    blocks, at_once, entries = merge_blocks(parts.shape[1], dim * dim)
+    merge_kernel[(heads * blocks,)](
+        parts, sums, shares, shift, result, mean, step, weight, dim, dim * dim, parts.shape[1], shares.shape[1], blocks,
+        at_once, entries, **merging(x).options(),
     )  # fmt: skip
     return weight, side, mean, result
 
@@ -338,10 +349,10 @@ def cross_scatter(left: Side, right: Side, weights: Tensor, weighted: bool, tota
     parts = products(left, right, weights, weighted)[0]
     heads, splits, dim, other = parts.shape
     result = parts.new_empty((heads, dim, other))
-    blocks, at_once, entries = blocks_of(splits, other)
-    merge_cross_kernel[(heads * dim * blocks,)](
-        parts, left.step, right.step, total, result, dim, other, splits, blocks, at_once, entries,
-        **tuning.PLAIN.options(),
+    blocks, at_once, entries = merge_blocks(splits, dim * other)
+    merge_cross_kernel[(heads * blocks,)](
+        parts, left.step, right.step, total, result, dim, other, dim * other, splits, blocks, at_once, entries,
+        **merging(left.x).options(),
     )  # fmt: skip
     return result
 
@@ -369,15 +380,13 @@ def covariance(x: Tensor, y: Tensor | None, weights: Tensor | None, lag: int, pr
         shapes = (), (dim,), (other,), (dim, dim), (dim, other), (other, other)
         return tuple(x.new_zeros((heads, *shape), dtype=torch.float64) for shape in shapes)
     with on_device(x):
-        whole = weights is None and other == 0 and plan(first, first, computed == torch.float64, True).tiles == 1
-        inside = None if whole else pair_weights(first, second, weights)
-        total, weighted = None if inside is None else inside.sum(1, keepdim=True), weights is not None
-        inside = None if inside is None else inside.to(computed)
-        weight, left, mean_x, xx = scatter(first, inside, total, weighted, computed)
-        if other == 0:
-            nothing = (xx.new_empty((heads, *shape)) for shape in ((0,), (dim, 0), (0, 0)))
-            mean_y, xy, yy = nothing
+        inside = total = None
+        if weights is not None or other or plan(first, first, computed == torch.float64, True).tiles > 1:
+            weight = pair_weights(first, second, weights)
+            inside, total = weight.to(computed), weight.sum(1, keepdim=True)
+        weight, left, mean_x, xx = scatter(first, inside, total, weights is not None, computed)
+        if inside is None or other == 0:
+            mean_y, xy, yy = (xx.new_empty((heads, *shape)) for shape in ((0,), (dim, 0), (0, 0)))
             return weight, mean_x, mean_y, xx, xy, yy
-        assert inside is not None
-        _, right, mean_y, yy = scatter(second, inside, total, weighted, computed)
-        return weight, mean_x, mean_y, xx, cross_scatter(left, right, inside, weighted, weight), yy
+        _, right, mean_y, yy = scatter(second, inside, total, weights is not None, computed)
+        return weight, mean_x, mean_y, xx, cross_scatter(left, right, inside, weights is not None, weight), yy
