@@ -1,10 +1,10 @@
-// Sums of products of columns on Hopper: parts += Σ w (x - shift)(y - shift)ᵀ, as three products of bf16 halves of fp32.
+// Sums of products of columns on Hopper: parts += Σ w (x - shift)(y - shift)ᵀ, as products of bf16 halves of fp32.
 //
 // An entry is high + low, both bf16; high·high + high·low + low·high lacks low·low, which shows where all terms are
 // positive: on the diagonal of a symmetric scatter, where those squares are added up apart. Products of different rows
-// may be of equal columns anywhere, so there low·low is multiplied too. Blocks take tiles of 128 × 256 columns times a range of
-// rows. One warpgroup reads rows, splits them and stores both halves in the order in which products read them; two
-// multiply, 64 × 256 each. Products of 32 rows start from zero and are added to fp32 sums in registers, since tensor
+// may be of equal columns anywhere, so there low·low is multiplied too. Blocks take tiles of 128 × 256 columns times a
+// range of rows. One warpgroup reads rows, splits them and stores both halves in the order in which products read them;
+// two multiply, 64 × 256 each. Products of 32 rows start from zero and are added to fp32 sums in registers, since tensor
 // cores truncate what they add up; the sums go to fp64 memory, which the block owns, every 8192 rows.
 
 constexpr int THREADS = 384, ROWS = 32, FLUSH = 8192, STAGES = 4;

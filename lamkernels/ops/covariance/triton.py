@@ -33,7 +33,7 @@ from lamkernels.ops.triton_common import (
 
 FLUSH = tl.constexpr(1024)  # rows that are added up in fp32
 SAMPLE, STRIP = 256, 16  # rows that the provisional mean is computed from, and columns of one of its programs
-MERGED = 2048  # entries of parts that a program of the merge reads at a time
+MERGED = 1024  # entries of parts that a program of the merge reads at a time
 
 
 @triton.jit
@@ -313,7 +313,7 @@ def merging(x: Tensor) -> tuning.Tile:
 
 def merge_blocks(splits: int, entries: int) -> tuple[int, int, int]:
     """How many programs merge the parts of a scatter, and how many splits and entries one of them reads at a time."""
-    at_once = min(tuning.power(splits, 1), 128)
+    at_once = min(tuning.power(splits, 1), 64)
     width = min(MERGED // at_once, 512)
     return triton.cdiv(entries, width), at_once, width
 
