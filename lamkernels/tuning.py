@@ -72,8 +72,11 @@ def power(value: int, low: int = 16) -> int:
     return max(low, 1 << (value - 1).bit_length())
 
 
-def resident(target: str, num_rows: int, num_codes: int, dim: int) -> Tile | None:
-    """The tile of the kernels that keep the whole codebook in one tile; None where it does not fit."""
+def resident(target: str, num_rows: int, num_codes: int, dim: int, apart: bool = False) -> Tile | None:
+    """The tile of the kernels that keep the whole codebook in one tile; None where it does not fit.
+
+    ``apart``: whether the entries of a row lie apart, each with its own address in registers.
+    """
     codes, entries = power(num_codes), power(dim)
     if codes * entries > RESIDENT_ENTRIES.get(target, RESIDENT_ENTRIES_ELSEWHERE) or entries > 128:
         return None
@@ -82,9 +85,11 @@ def resident(target: str, num_rows: int, num_codes: int, dim: int) -> Tile | Non
     if dim % ALIGNED and max(codes, entries) > 64:
         return None
     row = MEASURED.get(("resident", target, codes, entries, num_rows <= SMALL_BATCH, dim % ALIGNED == 0))
-    if row is not None:
+    if row is not None and not apart:
         return row
     size = codes * entries
+    if apart and size > 1024 and not target.startswith("gfx"):
+        return Tile(16, codes, entries, 8, 1, registers(target)) if size <= 4096 else None
     narrow = size <= 2048 and (entries < 128 or target in RESIDENT_ENTRIES)
     warps = 4 if narrow or target.startswith("gfx") else 8  # a wave of gfx has 64 lanes
     # the sums, the one-hot factor and the rows are held at once: more rows than this spill registers
@@ -95,14 +100,17 @@ def resident(target: str, num_rows: int, num_codes: int, dim: int) -> Tile | Non
     return Tile(64, codes, entries, warps, 1, registers(target))
 
 
-def lookup(target: str, num_rows: int, num_codes: int, dim: int, native: bool) -> Tile | None:
+def lookup(target: str, num_rows: int, num_codes: int, dim: int, native: bool, apart: bool) -> Tile | None:
     """The tile of a lookup in a resident codebook; it holds no sums, so products of halves take whole warpgroups.
 
     On sm_90 small tiles hide the wait for memory: two to four programs share a multiprocessor, each with the next tiles
-    of rows on their way.
+    of rows on their way; not where the entries of a row lie apart.
     """
-    tile = resident(target, num_rows, num_codes, dim)
-    if tile is None or target != "sm_90" or not native or num_rows <= SMALL_BATCH or dim % ALIGNED or tile.codes > 256:
+    tile = resident(target, num_rows, num_codes, dim, apart)
+    if apart and tile is not None and tile.dim > 64:
+        return None  # distances with a cosine would spill
+    plain = not native or num_rows <= SMALL_BATCH or dim % ALIGNED != 0 or apart
+    if tile is None or target != "sm_90" or plain or tile.codes > 256:
         return tile
     size = tile.codes * tile.dim
     rows, stages = (128 if size <= 512 else 64), (4 if size == 256 else 3)
@@ -129,7 +137,7 @@ def programs(tile: Tile) -> int:
 
 
 def streamed(target: str, num_codes: int, dim: int, dtype: torch.dtype, apart: bool = False) -> Tile:
-    """The tile of the lookup that streams tiles of codes past a tile of rows; ``apart``: whose entries lie apart."""
+    """The tile of the lookup that streams tiles of codes past a tile of rows; ``apart`` as in :func:`resident`."""
     half = dtype in (torch.float16, torch.bfloat16)
     if target == "interpreter":
         return Tile(32, 64, 32, 4, 1)

@@ -34,6 +34,12 @@ def lookup(codes: int, dim: int, dtype: torch.dtype, precision: str = "default",
     nearest.nearest_code(meta(1, rows, dim, dtype=dtype), meta(1, codes, dim, dtype=dtype), "l2", precision, True)
 
 
+def strided_lookup(codes: int, dim: int, dtype: torch.dtype, metric: str) -> None:
+    """Of rows whose entries lie apart, as those of a feature map with channels first."""
+    x = torch.empty_strided((1, 250_000, 4, dim), (0, 4 * dim, 1, 4), device="meta", dtype=dtype)
+    nearest.nearest_code(x, meta(1, codes, dim, dtype=dtype), metric, "default", True)
+
+
 def quantise(
     codes: int, dim: int, dtype: torch.dtype, rows: int = 10**6, metric: str = "l2", gradient: str = "ste"
 ) -> None:
@@ -119,7 +125,10 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
     "lookup 1000 x 100, bf16": lambda: lookup(1000, 100, HALF),
     "statistics 1000 x 100": lambda: count(1000, 100, SINGLE),
     **{f"{g} {k} x {d}, channels first": functools.partial(grouped, 1, k, d, (0, 4 * d, 1, 4), g)
-       for k, d in ((16, 128), (64, 64), (1024, 32), (1024, 256)) for g in ("ste", "rotation")},
+       for k, d in ((16, 64), (16, 128), (64, 64), (64, 128), (256, 32), (1024, 32), (1024, 256))
+       for g in ("ste", "rotation")},
+    **{f"lookup {k} x {d}, channels first, {m}, {t}": functools.partial(strided_lookup, k, d, t, m)
+       for k, d in ((8, 32), (16, 128), (64, 64)) for m in ("l2", "cosine") for t in (SINGLE, HALF)},
     "lookup exact": lambda: lookup(64, 64, SINGLE, "exact"),
     "lookup fast": lambda: lookup(1024, 64, SINGLE, "fast"),
     **{f"{g} 16 x 128, {m}": functools.partial(quantise, 16, 128, SINGLE, metric=m, gradient=g)

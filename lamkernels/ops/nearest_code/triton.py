@@ -240,7 +240,7 @@ def nearest_code(
     how = arithmetic(x, codebook, metric, precision, target)
     sizes = (rows, codes, dim)
     strides = (*row_strides, *codebook.stride()[:2])
-    tile = tuning.lookup(target, *sizes, how.native)
+    tile = tuning.lookup(target, *sizes, how.native, row_strides[4] != 1)
     with on_device(x):
         if how.exact:
             tile = tuning.exact(target)

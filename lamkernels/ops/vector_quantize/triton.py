@@ -222,7 +222,7 @@ def vector_quantize(
     )
     noise = None if noise is None else noise.contiguous()
     how = arithmetic(x, codebook, metric, precision, target)
-    tile = None if how.exact else tuning.resident(target, rows, num_codes, dim)
+    tile = None if how.exact else tuning.resident(target, rows, num_codes, dim, dim > 1 and x.stride(-1) != 1)
     with on_device(x):
         if tile is not None:
             _fused(x, codebook, mask, noise, metric, how, tile, outputs)
@@ -263,6 +263,7 @@ def _fused(
 ) -> None:  # fmt: skip
     (heads, rows, dim), num_codes, (x, strides) = out.quantized.shape, codebook.shape[1], rows_in_place(x)
     target, tiles = tuning.target_of(x.device), triton.cdiv(rows, tile.rows)
+    ahead = tuning.loads_ahead(target) and metric == "l2" and strides[-1] == 1  # else registers are too few
     # enough programs that none sums more than so many rows in fp32
     programs = max(1, min(tiles, max(persistent_programs(x.device), triton.cdiv(rows, tuning.ROWS_PER_SUM))))
     parts = x.new_empty((heads, programs, num_codes, dim), dtype=torch.float32)
@@ -273,7 +274,7 @@ def _fused(
         x if noise is None else noise, out.codes, rows, num_codes, dim, *strides, *codebook.stride()[:2],
         *((0, 0) if mask is None else mask.stride()), tiles, programs, metric == "l2", metric == "cosine",
         noise is not None, how.centre, how.native, how.dot, fp32_product(target),
-        mask is not None, tuning.loads_ahead(target), tile.rows, tile.codes, tile.dim, **tile.options(),
+        mask is not None, ahead, tile.rows, tile.codes, tile.dim, **tile.options(),
     )  # fmt: skip
     _merge(parts, part_counts, part_losses, codebook, out, programs, 0)
 
@@ -281,7 +282,8 @@ def _fused(
 def _quantize_rows(
     x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, out: Outputs
 ) -> Tensor:
-    (heads, rows, dim), tile = out.quantized.shape, tuning.elementwise(tuning.target_of(x.device), x.shape[-1])
+    heads, rows, dim = out.quantized.shape
+    tile = (tuning.elementwise if noise is None else tuning.by_row)(tuning.target_of(x.device), dim)
     x, strides = rows_in_place(x)
     tiles = triton.cdiv(rows, tile.rows)
     part_losses = x.new_empty((heads, tiles, 2), dtype=torch.float64)
