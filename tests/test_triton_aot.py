@@ -14,10 +14,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing: TRITON_INTERPRET=1 is set", allow_module_level=True)
 
-from launches import launches, meta
+from launches import launches, meta  # after the skips above
 
 import lamkernels as lk
-from lamkernels.bench.ahead import SHARED, build, disassembler, record, sass, use  # after the skips above
+from lamkernels.bench.ahead import SHARED, build, disassembler, record, sass, use
 from lamkernels.ops.code_statistics import triton as statistics
 from lamkernels.ops.covariance import triton as covariances
 from lamkernels.ops.finite_scalar_quantize import triton as scalar

@@ -9,8 +9,8 @@ import torch
 from contract import HARD_DATA, assert_contract, hard_data
 from contract import scores as exact_scores
 from layout_cases import CASES, LAYOUTS, assert_read_in_place
-from torch import Tensor
 from step_cases import assert_steps_of_the_module
+from torch import Tensor
 from triton_cases import assert_quantized_like, more_hard_data, thrown_out
 
 pytest.importorskip("triton", reason="Triton is not installed")

@@ -125,8 +125,8 @@ def vector_quantize_fwd_kernel(
         count += tl.sum(member.to(tl.int32), axis=1)
     program = tl.program_id(0).to(tl.int64)
     if AVERAGES:
-        if program == 0:
-            tl.store(sizes_before + k, tl.load(cluster_size + k, mask=k < num_codes, other=0.0), mask=k < num_codes)
+        copied = (k < num_codes) & (program == 0)
+        tl.store(sizes_before + k, tl.load(cluster_size + k, mask=copied, other=0.0), mask=copied)
     part = program * num_codes + k
     tl.store(parts + part[:, None] * dim + d[None, :], total, mask=(k < num_codes)[:, None] & (d < dim)[None, :])
     tl.store(part_counts + part, count, mask=k < num_codes)
@@ -215,7 +215,7 @@ def vector_quantize(
     """``x`` (H, N, D) or (H, B, N / B, D), ``codebook`` (H, K, D), ``mask`` (H, N) bool or None, ``noise`` (H, N, D) or
     None.
     """
-    codebook, target = unit_inner(codebook), tuning.target_of(x.device)
+    codebook = unit_inner(codebook)
     heads, rows, (num_codes, dim) = x.shape[0], x.shape[1:-1].numel(), codebook.shape[1:]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     outputs = Outputs(
@@ -242,7 +242,7 @@ def quantize_into(
     With ``averages`` these and the codebook are updated by the statistics, and nothing but rows, indices, losses and
     their number is written, all to ``out``, with index 0 for a row that is not finite.
     """
-    (heads, rows, dim), num_codes, target = out.quantized.shape, codebook.shape[1], tuning.target_of(x.device)
+    (_, rows, dim), num_codes, target = out.quantized.shape, codebook.shape[1], tuning.target_of(x.device)
     how = arithmetic(x, codebook, metric, precision, target)
     tile = None if how.exact else tuning.resident(target, rows, num_codes, dim)
     with on_device(x):
@@ -302,8 +302,8 @@ def _fused(
         x if noise is None else noise, out.codes, *((out.sums, out.sums) if averages is None else averages[:2]), rows,
         num_codes, dim, *strides, *codebook.stride()[:2],
         *((0, 0) if mask is None else mask.stride()), tiles, programs, metric == "l2", metric == "cosine",
-        noise is not None, how.centre, how.native, how.dot, fp32_product(target),
-        mask is not None, averages is not None, tuning.loads_ahead(target), tile.rows, tile.codes, tile.dim, **tile.options(),
+        noise is not None, how.centre, how.native, how.dot, fp32_product(target), mask is not None,
+        averages is not None, tuning.loads_ahead(target), tile.rows, tile.codes, tile.dim, **tile.options(),
     )  # fmt: skip
     _merge(parts, part_counts, part_losses, codebook, out, programs, 0, averages)
 

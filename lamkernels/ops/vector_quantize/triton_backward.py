@@ -26,8 +26,9 @@ def vector_quantize_bwd_kernel(
     row_programs: tensor, code_tiles: tensor, loss_weight: tensor,
     GRAD: tl.constexpr, BY_CODE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The first ``row_programs`` programs write grad_x, the others grad_codebook. BY_CODE: a row is in unless NaN is its
-    code.
+    """The first ``row_programs`` programs write grad_x, the others grad_codebook.
+
+    With BY_CODE a row is in unless its code is NaN.
     """
     wide = residual_sums.dtype.element_ty
     program = tl.program_id(0)
