@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lamkernels.backend import resolve
+from lamkernels.backend import available_backends, resolve
 from lamkernels.eager import is_plain
 from lamkernels.validation import Backend
 
@@ -66,6 +66,26 @@ def gpu_kernels(x: Tensor, *averages: Tensor, backend: Backend) -> Any:
     shapes = averages[2].shape == codebook.shape and sizes.shape == codebook.shape[:1]
     fits = x.ndim > 0 and x.shape[-1] == codebook.shape[1] and kernels.fits(*codebook.shape, x.device)
     return kernels if same and shapes and fits and x.dtype in kernels.TYPES else None
+
+
+def gpu_upkeep(*state: Tensor, backend: Backend, rows: Tensor | None = None, mask: Tensor | None = None) -> Any:
+    """:mod:`lamkernels.ops.codebook_upkeep.triton` where its kernels take these; None elsewhere.
+
+    Args:
+        state: codebook (K, D) and what else is updated with it.
+        backend: as for :func:`lamkernels.nearest_code`.
+        rows: (..., D) to draw from.
+        mask: of them.
+    """
+    codebook, given = state[0], [tensor for tensor in (rows, mask) if tensor is not None]
+    if torch.compiler.is_compiling() or not codebook.is_cuda or resolve(backend, "cuda") == "reference":
+        return None
+    if not available_backends()["triton"].available or not is_plain(*state, *given, device="cuda"):
+        return None
+    if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in state):
+        return None
+    upkeep = importlib.import_module("lamkernels.ops.codebook_upkeep.triton")
+    return upkeep if rows is None or rows.dtype in upkeep.TYPES else None
 
 
 GPU_STEPS = {"cuda": "cuda", "triton": "triton_step"}

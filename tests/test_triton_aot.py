@@ -18,7 +18,9 @@ from launches import launches, meta  # after the skips above
 
 import lamkernels as lk
 from lamkernels.bench.ahead import SHARED, build, disassembler, record, sass, use
+from lamkernels.nn import learned_codebook
 from lamkernels.ops.code_statistics import triton as statistics
+from lamkernels.ops.codebook_upkeep import triton as upkeep
 from lamkernels.ops.covariance import triton as covariances
 from lamkernels.ops.finite_scalar_quantize import triton as scalar
 from lamkernels.ops.lookup_free_quantize import triton as signs
@@ -63,6 +65,14 @@ def train(rows: int, codes: int, dim: int, dtype: torch.dtype = torch.float32) -
     torch.autograd.grad((quantized, loss), x, (meta(rows, dim, dtype=dtype), meta()))
 
 
+def keep_up(codes: int, dim: int, dtype: torch.dtype) -> None:
+    """Moving averages, and dead codes with a mask."""
+    state = meta(codes, dim), meta(codes), meta(codes, dim)
+    upkeep.moving_averages(meta(codes, dtype=torch.int64), meta(codes, dim), *state, 0.2, 1e-5)
+    rows, mask = meta(1, 10**6, dim, dtype=dtype), meta(10**6, dtype=torch.bool)
+    upkeep.replace_dead_codes(rows, mask, meta(dtype=torch.int64), *state, 1.0)
+
+
 def count(codes: int, dim: int, dtype: torch.dtype) -> None:
     statistics.code_statistics(meta(1, 10**6, dim, dtype=dtype), meta(1, 10**6, dtype=torch.int64), codes)
 
@@ -92,6 +102,7 @@ SHORT: dict[str, Any] = {  # what a change is most likely to break
     "quantise 16 x 128": lambda: quantise(16, 128, SINGLE),
     "rotate 64 x 64": lambda: quantise(64, 64, SINGLE, gradient="rotation"),
     "train 8 x 32": lambda: train(256, 8, 32),
+    "keep up 64 x 16": lambda: keep_up(64, 16, SINGLE),
     "substitute 8 x 32, cosine": lambda: quantise(8, 32, SINGLE, metric="cosine", gradient="noise"),
     "quantise 64 x 64": lambda: quantise(64, 64, SINGLE),
     "quantise 64 x 64, bf16": lambda: quantise(64, 64, HALF),
@@ -121,6 +132,7 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
     **{f"train {k} x {d}{name}": functools.partial(train, n, k, d, dtype) for n, k, d, name, dtype in (
         (1024, 64, 16, "", SINGLE), (65536, 64, 16, "", SINGLE), (65536, 1024, 64, "", SINGLE),
         (65536, 512, 16, ", bf16", HALF), (10**6, 16, 128, "", SINGLE))},
+    "keep up 1000 x 300, bf16": lambda: keep_up(1000, 300, HALF),
     "lookup 1000 x 100, bf16": lambda: lookup(1000, 100, HALF),
     "statistics 1000 x 100": lambda: count(1000, 100, SINGLE),
     **{f"{g} {k} x {d}, channels first": functools.partial(grouped, 1, k, d, (0, 4 * d, 1, 4), g)
@@ -232,6 +244,34 @@ def test_training_takes_three_launches() -> None:
         )
 
     assert launches(step) == (STEP, [])
+
+
+def test_what_the_module_launches_beside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned_codebook, "gpu_upkeep", lambda *_, **__: upkeep)  # what a GPU would take
+    monkeypatch.setattr(
+        lk.VectorQuantize,
+        "_gpu_kernels",
+        lambda self, _: triton_step if self.metric == "l2" and self.gradient == "ste" else None,
+    )
+    x = meta(256, 32).requires_grad_()
+
+    def step(**options: Any) -> tuple[list[str], list[str]]:
+        vq = lk.VectorQuantize(32, 8, device="meta", backend="triton", **options)
+
+        def run() -> None:
+            quantized, _, loss = vq(x)
+            torch.autograd.grad((quantized, loss), x, (meta(256, 32), meta()))
+
+        return launches(run)
+
+    assert step(commitment_weight=0.25) == (STEP, [])
+    assert step(dead_code_threshold=1.0) == ([*STEP[:2], "replace_dead_codes_kernel", STEP[2]], ["add_"])
+    averages = [*STEP[:2], "moving_averages_kernel"]
+    assert step(gradient="rotation") == ([*averages, "by_row_bwd_kernel"], ["clone", "clamp"])
+    assert step(update="gradient") == (STEP, ["add", "clamp"])  # of the losses, and of the indices
+    kernels, operators = step(dead_code_threshold=1.0, health=lk.CodebookHealth(8, device="meta"))
+    assert kernels == [*averages, "replace_dead_codes_kernel", STEP[2]]
+    assert operators == ["clone", "add_", "sum", "ones_like", "stack", "cat", "add_", "clamp"]
 
 
 def test_public_functions_launch_nothing_beside_the_kernels() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.language import tensor
 
 from lamkernels import tuning
+from lamkernels.ops.codebook_upkeep.triton import move_averages
 from lamkernels.ops.triton_common import (
     first_entries,
     fp32_product,
@@ -163,37 +164,6 @@ def merge_sums_kernel(
         )  # fmt: skip
     else:
         tl.store(sums + out, total.to(sums.dtype.element_ty), mask=d < dim)
-
-
-@triton.jit
-def move_averages(
-    code: tensor, sizes_before: tensor, cluster_size: tensor, code_sums: tensor, count: tensor, total: tensor,
-    k: tensor, d: tensor, num_codes: tensor, dim: tensor, share: tensor, rows: tensor, eps: tensor,
-) -> None:  # fmt: skip
-    """The update of code k that ``LearnedCodebook.update_codebook`` describes; ``share`` is 1 − γ.
-
-    Programs of other codes need all sizes as they were, so they read a copy. Σ of the new sizes is that of the old ones
-    moved towards the number of rows.
-    """
-    lane = tl.arange(0, 128)
-    everyone = tl.zeros([128], tl.float64)
-    for first in range(0, num_codes, 128):
-        everyone += tl.load(sizes_before + first + lane, mask=first + lane < num_codes, other=0.0)
-    all_sizes = tl.sum(everyone, axis=0)
-    all_sizes = (all_sizes + share * (rows - all_sizes)).to(tl.float32)
-    size = interpolate(tl.load(sizes_before + k), count, share)
-    summed = interpolate(tl.load(code_sums + k * dim + d, mask=d < dim, other=0.0), total, share)
-    tl.debug_barrier()  # several threads may have read what one of them overwrites
-    tl.store(cluster_size + k, size)  # the same by all programs of this code
-    tl.store(code_sums + k * dim + d, summed, mask=d < dim)
-    smoothed = (size + eps) * (all_sizes / (all_sizes + num_codes * eps))
-    tl.store(code + d, summed / smoothed, mask=d < dim)
-
-
-@triton.jit
-def interpolate(start: tensor, end: tensor, share: tensor) -> tensor:
-    """As torch.lerp."""
-    return tl.where(share < 0.5, start + share * (end - start), end - (end - start) * (1.0 - share))
 
 
 @triton.jit
