@@ -1,4 +1,4 @@
-"""The upkeep of a codebook in Triton: what :mod:`lamkernels.nn.learned_codebook` writes as some 14 and 64 small operators.
+"""The upkeep of a codebook in Triton: what nn/learned_codebook.py writes as some 14 and 64 operators of torch.
 
 Each of those is a launch, which costs more than its arithmetic. Not yet measured on a GPU.
 """
