@@ -130,7 +130,7 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
     **{f"quantise {k} x {d}": functools.partial(quantise, k, d, SINGLE) for k, d in (
         (10, 3), (16, 27), (60, 60), (16, 100), (60, 100), (250, 30), (500, 5), (1000, 100))},
     **{f"train {k} x {d}{name}": functools.partial(train, n, k, d, dtype) for n, k, d, name, dtype in (
-        (1024, 64, 16, "", SINGLE), (65536, 64, 16, "", SINGLE), (65536, 1024, 64, "", SINGLE),
+        (1024, 64, 16, ", few rows", SINGLE), (65536, 64, 16, "", SINGLE), (65536, 1024, 64, "", SINGLE),
         (65536, 512, 16, ", bf16", HALF), (10**6, 16, 128, "", SINGLE))},
     "keep up 1000 x 300, bf16": lambda: keep_up(1000, 300, HALF),
     "lookup 1000 x 100, bf16": lambda: lookup(1000, 100, HALF),
