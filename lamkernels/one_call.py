@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lamkernels.backend import resolve
+from lamkernels.backend import available_backends, resolve
 from lamkernels.eager import is_plain
 from lamkernels.validation import Backend
 
@@ -50,29 +50,51 @@ def plan_one_call(
     return None if plan is None else OneCall(plan, rows)
 
 
-def fits_one_launch(x: Tensor, *averages: Tensor, backend: Backend) -> bool:
-    """Whether :func:`lamkernels.ops.vector_quantize.cuda.ema_step` takes a step of these; only where it is asked for.
+def gpu_kernels(x: Tensor, *averages: Tensor, backend: Backend) -> Any:
+    """What :func:`lamkernels.ops.vector_quantize.gpu_step.ema_step` takes to step with these; None where nothing does.
 
     Args:
         x: (..., D) on a GPU.
         averages: codebook (K, D), cluster_size (K,) and code_sums (K, D).
-        backend: "cuda", or "auto" where LAMKERNELS_BACKEND says so.
+        backend: as for :func:`lamkernels.nearest_code`.
     """
-    if torch.compiler.is_compiling() or resolve(backend, "cuda") != "cuda":
-        return False
-    if not is_plain(x, *averages, device="cuda"):
-        return False
-    module, (codebook, sizes, _) = cuda_steps(), averages
+    module = None if torch.compiler.is_compiling() else GPU_STEPS.get(resolve(backend, "cuda"))
+    if module is None or not is_plain(x, *averages, device="cuda"):
+        return None
+    kernels, (codebook, sizes, _) = load_step(module), averages
     same = all(t.dtype == torch.float32 and t.is_contiguous() and t.device == x.device for t in averages)
     shapes = averages[2].shape == codebook.shape and sizes.shape == codebook.shape[:1]
-    fits = x.ndim > 0 and x.shape[-1] == codebook.shape[1] and module.fits(*codebook.shape, x.device)
-    return same and shapes and fits and x.dtype in module.TYPES
+    fits = x.ndim > 0 and x.shape[-1] == codebook.shape[1] and kernels.fits(*codebook.shape, x.device)
+    return kernels if same and shapes and fits and x.dtype in kernels.TYPES else None
+
+
+def gpu_upkeep(*state: Tensor, backend: Backend, rows: Tensor | None = None, mask: Tensor | None = None) -> Any:
+    """:mod:`lamkernels.ops.codebook_upkeep.triton` where its kernels take these; None elsewhere.
+
+    Args:
+        state: codebook (K, D) and what else is updated with it.
+        backend: as for :func:`lamkernels.nearest_code`.
+        rows: (..., D) to draw from.
+        mask: of them.
+    """
+    codebook, given = state[0], [tensor for tensor in (rows, mask) if tensor is not None]
+    if torch.compiler.is_compiling() or not codebook.is_cuda or resolve(backend, "cuda") == "reference":
+        return None
+    if not available_backends()["triton"].available or not is_plain(*state, *given, device="cuda"):
+        return None
+    if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in state):
+        return None
+    upkeep = importlib.import_module("lamkernels.ops.codebook_upkeep.triton")
+    return upkeep if rows is None or rows.dtype in upkeep.TYPES else None
+
+
+GPU_STEPS = {"cuda": "cuda", "triton": "triton_step"}
 
 
 @functools.cache
-def cuda_steps() -> Any:
-    """Loaded when CuPy is there and a call asks for it."""
-    return importlib.import_module("lamkernels.ops.vector_quantize.cuda")
+def load_step(name: str) -> Any:
+    """Loaded when its compiler is there and a call asks for it."""
+    return importlib.import_module(f"lamkernels.ops.vector_quantize.{name}")
 
 
 @functools.cache

@@ -18,6 +18,7 @@ import torch
 from contract import HARD_DATA, assert_contract, hard_data
 from contract import scores as exact_scores
 from cuda_cases import Host, host
+from step_cases import assert_steps_of_the_module
 from torch import Tensor
 from triton_cases import assert_quantized_like, more_hard_data, thrown_out
 
@@ -32,6 +33,7 @@ from lamkernels.ops.nearest_code import cuda as nearest
 from lamkernels.ops.nearest_code import cuda_hopper as hopper
 from lamkernels.ops.nearest_code import reference as nearest_reference
 from lamkernels.ops.vector_quantize import cuda, reference
+from lamkernels.ops.vector_quantize.gpu_step import ema_step
 
 __all__ = ["host"]
 
@@ -279,35 +281,13 @@ def test_statistics_of_given_indices(host: Host) -> None:
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
 def test_a_step_with_its_averages_is_that_of_the_module(host: Host, dtype: torch.dtype) -> None:
     for rows, codes, dim in ((64, 8, 32), (200, 70, 10), (0, 3, 4)):
-        vq = lk.VectorQuantize(dim, codes, decay=0.7, eps=1e-3, commitment_weight=0.3, backend="reference")
-        ours = tuple(t.clone() for t in (vq.codebook, vq.cluster_size, vq.code_sums))
-        for step in range(3):
-            x = torch.randn(2, rows // 2, dim).to(dtype)
-            if rows and step == 1:
-                x[0, 3] = torch.nan
-            left, right = x.clone().requires_grad_(), x.clone().requires_grad_()
-            versions = [t._version for t in ours]
-            quantized, indices, loss = cuda.ema_step(left, ours, "default", (0.7, 1e-3), 0.3)
-            assert all(t._version > version for t, version in zip(ours, versions, strict=True))
-            want = vq(right)
-            torch.testing.assert_close(quantized, want[0], equal_nan=True)
-            assert torch.equal(indices, want[1])
-            torch.testing.assert_close(loss, want[2])
-            for a, b in zip(ours, (vq.codebook, vq.cluster_size, vq.code_sums), strict=True):
-                torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
-            weight = torch.randn_like(x)
-            ((quantized * weight).nan_to_num().sum() + 2 * loss).backward()
-            ((want[0] * weight).nan_to_num().sum() + 2 * want[2]).backward()
-            assert left.grad is not None and right.grad is not None
-            torch.testing.assert_close(left.grad, right.grad)
-            for a, b in zip(ours, (vq.codebook, vq.cluster_size, vq.code_sums), strict=True):
-                a.copy_(b)  # else a row between two codes could fall on either side
+        assert_steps_of_the_module(cuda, rows, codes, dim, dtype, 1e-7)
 
 
 def test_a_step_is_two_launches(host: Host) -> None:
     codebook, x = torch.randn(5, 4), torch.randn(40, 4, requires_grad=True)
     host.launches.clear()
-    quantized, _, loss = cuda.ema_step(x, (codebook, torch.ones(5), codebook.clone()), "default", (0.8, 1e-5), 1.0)
+    quantized, _, loss = ema_step(cuda, x, (codebook, torch.ones(5), codebook.clone()), "default", (0.8, 1e-5), 1.0)
     (quantized.sum() + loss).backward()
     assert host.launches == ["vector_quantize_fwd", "vector_quantize_bwd"]
 
@@ -513,17 +493,18 @@ def test_the_module_takes_the_one_launch_where_it_fits(host: Host, monkeypatch: 
     monkeypatch.setattr(lk.one_call, "resolve", lambda backend, device: backend)
     monkeypatch.setattr(lk.one_call, "is_plain", lambda *tensors, device="cpu": device == "cuda")
     averages = (vq.codebook, vq.cluster_size, vq.code_sums)
-    fits = lk.one_call.fits_one_launch
-    assert fits(x, *averages, backend="cuda")
-    assert not fits(x, *averages, backend="auto")
-    assert not fits(x.double(), *averages, backend="cuda")
-    assert not fits(x[:, :7], *averages, backend="cuda")
-    assert not fits(x, vq.codebook.double(), *averages[1:], backend="cuda")
-    assert not fits(x, *(torch.randn(5, 8).t().contiguous().t(), *averages[1:]), backend="cuda")
+    kernels = lk.one_call.gpu_kernels
+    assert kernels(x, *averages, backend="cuda") is cuda
+    assert kernels(x, *averages, backend="reference") is None
+    assert kernels(x.double(), *averages, backend="triton") is None
+    assert kernels(x.double(), *averages, backend="cuda") is None
+    assert kernels(x[:, :7], *averages, backend="cuda") is None
+    assert kernels(x, vq.codebook.double(), *averages[1:], backend="cuda") is None
+    assert kernels(x, *(torch.randn(5, 8).t().contiguous().t(), *averages[1:]), backend="cuda") is None
     twin = lk.VectorQuantize(8, 5, backend="reference")
     twin.load_state_dict(vq.state_dict())
     host.launches.clear()
-    found, want = vq._step_in_one_launch(x), twin(x)
+    found, want = vq._step_on_gpu(x, cuda), twin(x)
     assert host.launches == ["vector_quantize_fwd"]
     for a, b in zip((*found, *vq.state_dict().values()), (*want, *twin.state_dict().values()), strict=True):
         torch.testing.assert_close(a, b)

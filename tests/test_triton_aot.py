@@ -14,20 +14,22 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing: TRITON_INTERPRET=1 is set", allow_module_level=True)
 
-from lamkernels.bench.ahead import SHARED, build, disassembler, record, sass, use  # after the skips above
+from lamkernels.bench.ahead import SHARED, build, disassembler, record, sass, use
+from launches import launches, meta  # after the skips above
 
+import lamkernels as lk
+from lamkernels.nn import learned_codebook
 from lamkernels.ops.code_statistics import triton as statistics
+from lamkernels.ops.codebook_upkeep import triton as upkeep
 from lamkernels.ops.covariance import triton as covariances
 from lamkernels.ops.finite_scalar_quantize import triton as scalar
 from lamkernels.ops.lookup_free_quantize import triton as signs
 from lamkernels.ops.nearest_code import triton as nearest
 from lamkernels.ops.vector_quantize import triton as quantize
+from lamkernels.ops.vector_quantize import triton_step
+from lamkernels.ops.vector_quantize.gpu_step import ema_step
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def lookup(codes: int, dim: int, dtype: torch.dtype, precision: str = "default", rows: int = 10**6) -> None:
@@ -60,6 +62,21 @@ def grouped(heads: int, codes: int, dim: int, strides: tuple[int, ...], gradient
     quantized, indices, loss, _, _, _, sums, num_rows, _ = out
     arguments = (x, quantized, indices, sums, num_rows, None, quantized, loss, loss, "l2", gradient)
     quantize.vector_quantize_backward(*arguments)
+
+
+def train(rows: int, codes: int, dim: int, dtype: torch.dtype = torch.float32) -> None:
+    """A step that updates the moving averages, and its backward."""
+    x, averages = meta(rows, dim, dtype=dtype).requires_grad_(), (meta(codes, dim), meta(codes), meta(codes, dim))
+    quantized, _, loss = ema_step(triton_step, x, averages, "default", (0.8, 1e-5), 0.25)
+    torch.autograd.grad((quantized, loss), x, (meta(rows, dim, dtype=dtype), meta()))
+
+
+def keep_up(codes: int, dim: int, dtype: torch.dtype) -> None:
+    """Moving averages, and dead codes with a mask."""
+    state = meta(codes, dim), meta(codes), meta(codes, dim)
+    upkeep.moving_averages(meta(codes, dtype=torch.int64), meta(codes, dim), *state, 0.2, 1e-5)
+    rows, mask = meta(1, 10**6, dim, dtype=dtype), meta(10**6, dtype=torch.bool)
+    upkeep.replace_dead_codes(rows, mask, meta(dtype=torch.int64), *state, 1.0)
 
 
 def count(codes: int, dim: int, dtype: torch.dtype) -> None:
@@ -95,6 +112,8 @@ SINGLE, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float64
 SHORT: dict[str, Any] = {  # what a change is most likely to break
     "quantise 16 x 128": lambda: quantise(16, 128, SINGLE),
     "rotate 64 x 64": lambda: quantise(64, 64, SINGLE, gradient="rotation"),
+    "train 8 x 32": lambda: train(256, 8, 32),
+    "keep up 64 x 16": lambda: keep_up(64, 16, SINGLE),
     "substitute 8 x 32, cosine": lambda: quantise(8, 32, SINGLE, metric="cosine", gradient="noise"),
     "quantise 64 x 64": lambda: quantise(64, 64, SINGLE),
     "quantise 64 x 64, bf16": lambda: quantise(64, 64, HALF),
@@ -122,6 +141,10 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
     # rows whose length is no multiple of 16 are loaded entry by entry, and every entry has its address in registers
     **{f"quantise {k} x {d}": functools.partial(quantise, k, d, SINGLE) for k, d in (
         (10, 3), (16, 27), (60, 60), (16, 100), (60, 100), (250, 30), (500, 5), (1000, 100))},
+    **{f"train {k} x {d}{name}": functools.partial(train, n, k, d, dtype) for n, k, d, name, dtype in (
+        (1024, 64, 16, ", few rows", SINGLE), (65536, 64, 16, "", SINGLE), (65536, 1024, 64, "", SINGLE),
+        (65536, 512, 16, ", bf16", HALF), (10**6, 16, 128, "", SINGLE))},
+    "keep up 1000 x 300, bf16": lambda: keep_up(1000, 300, HALF),
     "lookup 1000 x 100, bf16": lambda: lookup(1000, 100, HALF),
     "statistics 1000 x 100": lambda: count(1000, 100, SINGLE),
     **{f"{g} {k} x {d}, channels first": functools.partial(grouped, 1, k, d, (0, 4 * d, 1, 4), g)
@@ -221,10 +244,68 @@ def test_two_programs_of_a_streamed_lookup_share_a_multiprocessor() -> None:
     assert 2 * taken.registers * 32 * dict(launch.options)["num_warps"] <= 2**16 and 2 * taken.shared <= SHARED["sm_90"]
 
 
-def test_a_covariance_takes_three_launches() -> None:
-    assert len(record("sm_90", LONG["covariance 32"])) == 3
+STEP = ["vector_quantize_fwd_kernel", "merge_sums_kernel", "vector_quantize_bwd_kernel"]
+READY = ["centred_codes_kernel", "relative_norms_kernel"]
+
+
+@pytest.mark.parametrize(("rows", "codes", "dim"), [(256, 8, 32), (1024, 64, 16), (65536, 64, 16)])
+def test_a_training_step_is_three_launches_and_no_operator_of_torch(rows: int, codes: int, dim: int) -> None:
+    assert launches(lambda: train(rows, codes, dim)) == (STEP, [])
+
+
+def test_a_covariance_is_three_launches_and_no_operator_of_torch() -> None:
+    assert launches(LONG["covariance 32"]) == (["shift_kernel", "scatter_kernel", "merge_kernel"], [])
 
 
 def test_training_takes_three_launches() -> None:
-    assert len(record("sm_90", lambda: quantise(64, 16, SINGLE, 1024))) == 3
-    assert len(record("sm_90", lambda: grouped(2, 64, 16, (64, 128, 1, 4)))) == 3  # of two codebooks too
+    assert launches(lambda: grouped(2, 64, 16, (64, 128, 1, 4))) == (STEP, [])  # of two codebooks too
+    x, codebook = meta(1024, 16).requires_grad_(), meta(64, 16).requires_grad_()
+
+    def step() -> None:
+        out = lk.vector_quantize(x, codebook, backend="triton")
+        torch.autograd.grad(
+            (out.quantized, out.commitment_loss, out.codebook_loss), x, (meta(1024, 16), meta(), meta())
+        )
+
+    assert launches(step) == (STEP, [])
+
+
+def test_what_the_module_launches_beside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned_codebook, "gpu_upkeep", lambda *_, **__: upkeep)  # what a GPU would take
+    monkeypatch.setattr(
+        lk.VectorQuantize,
+        "_gpu_kernels",
+        lambda self, _: triton_step if self.metric == "l2" and self.gradient == "ste" else None,
+    )
+    x = meta(256, 32).requires_grad_()
+
+    def step(**options: Any) -> tuple[list[str], list[str]]:
+        vq = lk.VectorQuantize(32, 8, device="meta", backend="triton", **options)
+
+        def run() -> None:
+            quantized, _, loss = vq(x)
+            torch.autograd.grad((quantized, loss), x, (meta(256, 32), meta()))
+
+        return launches(run)
+
+    assert step(commitment_weight=0.25) == (STEP, [])
+    assert step(dead_code_threshold=1.0) == ([*STEP[:2], "replace_dead_codes_kernel", STEP[2]], ["add_"])
+    averages = [*STEP[:2], "moving_averages_kernel"]
+    assert step(gradient="rotation") == ([*averages, "by_row_bwd_kernel"], ["clone", "clamp"])
+    assert step(update="gradient") == (STEP, ["add", "clamp"])  # of the losses, and of the indices
+    kernels, operators = step(dead_code_threshold=1.0, health=lk.CodebookHealth(8, device="meta"))
+    assert kernels == [*averages, "replace_dead_codes_kernel", STEP[2]]
+    assert operators == ["clone", "add_", "sum", "ones_like", "stack", "cat", "add_", "clamp"]
+
+
+def test_public_functions_launch_nothing_beside_the_kernels() -> None:
+    for rows, codes, dim, dtype in ((2**20, 8, 16, HALF), (273_000, 64, 16, HALF), (2**20, 64, 64, HALF)):
+        x, codebook = meta(rows, dim, dtype=dtype), meta(codes, dim, dtype=dtype)
+        found = launches(functools.partial(lk.nearest_code, x, codebook, backend="triton"))
+        assert found == (["nearest_code_resident_kernel"], [])
+    for rows, codes, dim in ((2**20, 256, 128), (2**20, 1024, 64), (2**18, 8192, 256), (2**20, 65536, 128)):
+        x, codebook = meta(rows, dim, dtype=HALF), meta(codes, dim, dtype=HALF)
+        found = launches(functools.partial(lk.nearest_code, x, codebook, backend="triton"))
+        assert found == ([*READY, "nearest_code_streamed_kernel"], [])
+    found = launches(lambda: lk.vector_quantize(meta(2**20, 128), meta(16, 128), backend="triton"))
+    assert found == (STEP[:2], [])

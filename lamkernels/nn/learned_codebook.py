@@ -12,6 +12,7 @@ from lamkernels.functional import code_statistics, nearest_code
 from lamkernels.nn.dead_codes import Candidates, believed, own_candidates, uniform
 from lamkernels.nn.health import CodebookHealth
 from lamkernels.nn.kmeans import kmeans
+from lamkernels.one_call import gpu_upkeep, rows_in_groups
 from lamkernels.ops.cosine import unit_rows
 from lamkernels.processes import Processes
 from lamkernels.validation import Backend, Metric, Precision
@@ -81,18 +82,31 @@ class LearnedCodebook(nn.Module):
         candidates = None
         if self._processes.size > 1 and (ema or self.dead_code_threshold > 0 or self.health is not None):
             counts, sums, candidates = self._over_processes(counts, sums, rows, mask)
-        weight = torch.where(counts.sum() > 0, 1 - self.decay, 0.0).to(self.cluster_size)  # no row, no change
         if ema:
-            self.cluster_size.lerp_(counts.to(self.cluster_size), weight)
-            self.code_sums.lerp_(sums.to(self.code_sums), weight)
-            total = self.cluster_size.sum()
-            smoothed = (self.cluster_size + self.eps) * (total / (total + self.codebook_size * self.eps))
-            torch.div(self.code_sums, smoothed[:, None], out=self.codebook)
+            self._move_averages(counts, sums)
         elif self.dead_code_threshold > 0:
-            self.cluster_size.lerp_(counts.to(self.cluster_size), weight)
+            self.cluster_size.lerp_(counts.to(self.cluster_size), self._share(counts))
         replaced = None if rows is None else self._replace_dead_codes(rows, mask, candidates)
         if self.health is not None:
             self.health.feed(counts, replaced, self._processes)
+
+    def _move_averages(self, counts: Tensor, sums: Tensor) -> None:
+        state = self.codebook, self.cluster_size, self.code_sums
+        upkeep = gpu_upkeep(*state, sums, backend=self.backend)
+        if upkeep is not None and self.codebook_size <= upkeep.MAX_CODES:
+            upkeep.moving_averages(counts.contiguous(), sums, *state, 1 - self.decay, self.eps)
+            torch.autograd.graph.increment_version(state)
+            return
+        share = self._share(counts)
+        self.cluster_size.lerp_(counts.to(self.cluster_size), share)
+        self.code_sums.lerp_(sums.to(self.code_sums), share)
+        total = self.cluster_size.sum()
+        smoothed = (self.cluster_size + self.eps) * (total / (total + self.codebook_size * self.eps))
+        torch.div(self.code_sums, smoothed[:, None], out=self.codebook)
+
+    def _share(self, counts: Tensor) -> Tensor:
+        """1 − γ; 0 for a batch with no row in, which changes nothing."""
+        return counts.sum(dtype=self.cluster_size.dtype).clamp_(max=1 - self.decay)
 
     def _over_processes(
         self, counts: Tensor, sums: Tensor, x: Tensor | None, mask: Tensor | None
@@ -126,6 +140,9 @@ class LearnedCodebook(nn.Module):
         """Replaces dead codes by rows drawn from all processes, or else from x; (K,) bool: which. None may be none."""
         if drawn is None:
             self.draws.add_(1)
+            replaced = self._replace_on_gpu(x, mask)
+            if replaced is not None:
+                return replaced
         dead = self.cluster_size < self.dead_code_threshold
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not dead.any():
             return None  # asking costs nothing here
@@ -136,6 +153,22 @@ class LearnedCodebook(nn.Module):
         if self.update == "ema":
             self.code_sums.copy_(torch.where(dead[:, None], candidates * self.dead_code_threshold, self.code_sums))
         return dead
+
+    def _replace_on_gpu(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Replaces dead codes in one launch; (K,) bool: which, or None where it takes something else."""
+        if self.metric == "cosine" or x.numel() == 0:
+            return None
+        state = [self.codebook, self.cluster_size, *([self.code_sums] if self.update == "ema" else [])]
+        upkeep = gpu_upkeep(*state, backend=self.backend, rows=x, mask=mask)
+        if upkeep is None:
+            return None
+        rows, flat = rows_in_groups(x.detach().unsqueeze(0)), None if mask is None else mask.reshape(-1).contiguous()
+        sums = self.code_sums if self.update == "ema" else None
+        replaced: Tensor = upkeep.replace_dead_codes(
+            rows, flat, self.draws, self.codebook, self.cluster_size, sums, self.dead_code_threshold
+        )
+        torch.autograd.graph.increment_version(state)
+        return replaced
 
     def _write_codes(self, where: Tensor, codes: Tensor) -> None:
         """torch.where and copy_, not a boolean index: how many codes are written stays on the device."""

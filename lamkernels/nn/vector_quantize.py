@@ -13,7 +13,8 @@ from lamkernels.functional import quantize_with_loss, vector_quantize
 from lamkernels.nn.health import CodebookHealth
 from lamkernels.nn.indices import module_indices
 from lamkernels.nn.learned_codebook import LearnedCodebook, read_initialized
-from lamkernels.one_call import OneCall, cuda_steps, fits_one_launch, numba_one_call, plan_one_call
+from lamkernels.one_call import OneCall, gpu_kernels, numba_one_call, plan_one_call
+from lamkernels.ops.vector_quantize.gpu_step import ema_step
 from lamkernels.processes import Processes
 from lamkernels.processes import world_size as _world_size
 from lamkernels.validation import (
@@ -181,8 +182,9 @@ class VectorQuantize(LearnedCodebook):
         one_call = self._plan_one_call(x) if learning and mask is None and self.health is None else None
         if one_call is not None:
             return self._step_in_one_call(x, one_call)
-        if learning and mask is None and self.health is None and self._is_one_launch(x):
-            return self._step_in_one_launch(x)
+        kernels = self._gpu_kernels(x) if learning and mask is None and self.health is None else None
+        if kernels is not None:
+            return self._step_on_gpu(x, kernels)
         if self.training:
             self._check_training(learning)
             if self._needs_init:
@@ -237,17 +239,15 @@ class VectorQuantize(LearnedCodebook):
             self._replace_dead_codes(x, None)
         return quantized, indices, loss if self.commitment_weight == 1 else self.commitment_weight * loss
 
-    def _is_one_launch(self, x: Tensor) -> bool:
-        """Whether the lookup and the update are one launch of a CUDA C++ kernel."""
+    def _gpu_kernels(self, x: Tensor) -> Any:
+        """Those that update the averages in the launches of the lookup; None where they need something else."""
         if not x.is_cuda or self._needs_init or self.update != "ema" or self.metric != "l2" or self.gradient != "ste":
-            return False
-        return _world_size() == 1 and fits_one_launch(x, *self._averages(), backend=self.backend)
+            return None
+        return gpu_kernels(x, *self._averages(), backend=self.backend) if _world_size() == 1 else None
 
-    def _step_in_one_launch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _step_on_gpu(self, x: Tensor, kernels: Any) -> tuple[Tensor, Tensor, Tensor]:
         rates = self.decay, self.eps
-        quantized, indices, loss = cuda_steps().ema_step(
-            x, self._averages(), self.precision, rates, self.commitment_weight
-        )
+        quantized, indices, loss = ema_step(kernels, x, self._averages(), self.precision, rates, self.commitment_weight)
         if self.dead_code_threshold > 0:
             self._replace_dead_codes(x, None)
         return quantized, indices, loss

@@ -9,6 +9,7 @@ import torch
 from contract import HARD_DATA, assert_contract, hard_data
 from contract import scores as exact_scores
 from layout_cases import CASES, LAYOUTS, assert_read_in_place
+from step_cases import assert_steps_of_the_module
 from torch import Tensor
 from triton_cases import assert_quantized_like, more_hard_data, thrown_out
 
@@ -21,6 +22,7 @@ from lamkernels.ops.code_statistics import triton as statistics
 from lamkernels.ops.nearest_code import triton as nearest
 from lamkernels.ops.vector_quantize import reference as reference_quantize
 from lamkernels.ops.vector_quantize import triton as quantize
+from lamkernels.ops.vector_quantize import triton_step
 
 MORE = more_hard_data()
 ROWS = 70  # of the hard data: the interpreter is slow
@@ -240,6 +242,13 @@ def test_a_collapsed_codebook_and_one_entry_past_fp32_do_not_spill_over(path: st
     counts, sums = statistics.code_statistics(x, indices, 5)
     assert counts.tolist() == [[0, 128, 0, 2, 0]]
     assert sums[0, :, 0].tolist() == [0.0, 128.0, 0.0, torch.inf, 0.0]
+
+
+def test_a_step_with_its_averages_is_that_of_the_module(path: str) -> None:
+    torch.manual_seed(0)
+    for rows, codes, dim, dtype in ((40, 8, 32, torch.float32), (20, 130, 3, torch.bfloat16), (0, 3, 4, torch.float32)):
+        assert_steps_of_the_module(triton_step, rows, codes, dim, dtype, 1e-6)
+    assert_steps_of_the_module(triton_step, 10, 3, 140, torch.float32, 1e-6)  # several programs for the sums of a code
 
 
 def test_two_runs_agree_to_the_last_bit(path: str) -> None:

@@ -9,6 +9,8 @@ every pair has a slot of its own. Either way one kernel merges the parts in a fi
 # (Triton ships no types)
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from torch import Tensor
 from triton.language import tensor
 
 from lamkernels import tuning
+from lamkernels.ops.codebook_upkeep.triton import move_averages
 from lamkernels.ops.triton_common import (
     first_entries,
     fp32_product,
@@ -108,14 +111,17 @@ def segment_sums_kernel(
 @triton.jit
 def merge_sums_kernel(
     parts: tensor, part_counts: tensor, part_losses: tensor, codebook: tensor, counts: tensor, sums: tensor,
-    residual_sums: tensor, commitment_loss: tensor, codebook_loss: tensor, rows_in: tensor, num_codes: tensor,
-    dim: tensor, c_h: tensor, c_k: tensor, num_parts: tensor, num_losses: tensor, chunks: tensor,
-    SEGMENTS: tl.constexpr, RESIDUAL: tl.constexpr, SEGMENT: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+    residual_sums: tensor, commitment_loss: tensor, codebook_loss: tensor, rows_in: tensor, sizes_before: tensor,
+    cluster_size: tensor, code_sums: tensor, num_codes: tensor, dim: tensor, c_h: tensor, c_k: tensor,
+    num_parts: tensor, num_losses: tensor, chunks: tensor, share: tensor, eps: tensor, loss_weight: tensor,
+    SEGMENTS: tl.constexpr, RESIDUAL: tl.constexpr, AVERAGES: tl.constexpr, SEGMENT: tl.constexpr, BP: tl.constexpr,
+    BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """Adds up the parts of each code in fp64 and in a fixed order; finishes sums, and the losses where there are any.
 
     ``part_counts`` is (H, P, K) int32, or with SEGMENTS (H, K + 1) int64: where the rows of each code start and end.
     ``part_losses`` is (H, L, 2) fp64: Σ(x − q)² and the number of rows. ``num_parts`` is P, or the number of tiles.
+    With AVERAGES the statistics go into the moving averages of the one codebook, and nowhere else.
     """
     head = (tl.program_id(0) // (num_codes * chunks)).to(tl.int64)
     k = ((tl.program_id(0) // chunks) % num_codes).to(tl.int64)
@@ -139,23 +145,42 @@ def merge_sums_kernel(
         total += tl.sum(value.to(tl.float64), axis=0)
         if not SEGMENTS:
             count += tl.sum(tl.load(part_counts + slot, mask=part < high, other=0).to(tl.int64), axis=0)
-    tl.store(counts + head * num_codes + k, count)
+    if not AVERAGES:
+        tl.store(counts + head * num_codes + k, count)
     out = (head * num_codes + k) * dim + d
     if RESIDUAL:  # the sum of the rows of code k is n·c + R, without the cancellation of s − n·c
-        tl.store(residual_sums + out, total.to(sums.dtype.element_ty), mask=d < dim)
+        if not AVERAGES:
+            tl.store(residual_sums + out, total.to(sums.dtype.element_ty), mask=d < dim)
         # a code that is not finite has no rows, and 0 · NaN would not be 0
         code = tl.load(codebook + head * c_h + k * c_k + d, mask=d < dim, other=0.0).to(tl.float64)
         total += tl.where(count > 0, count.to(tl.float64) * code, 0.0)
         if tl.program_id(0) % (num_codes * chunks) == 0:
-            finish_losses(part_losses, commitment_loss, codebook_loss, rows_in, head, dim, num_losses)
-    tl.store(sums + out, total.to(sums.dtype.element_ty), mask=d < dim)
+            finish_losses(part_losses, commitment_loss, codebook_loss, rows_in, head, dim, num_losses, loss_weight)
+    if AVERAGES:
+        _, rows = summed_losses(part_losses, head, num_losses)
+        move_averages(
+            codebook + k * c_k, sizes_before, cluster_size, code_sums, count.to(tl.float32), total.to(tl.float32), k, d,
+            num_codes, dim, tl.where(rows > 0, share, 0.0), rows, eps,
+        )  # fmt: skip
+    else:
+        tl.store(sums + out, total.to(sums.dtype.element_ty), mask=d < dim)
 
 
 @triton.jit
 def finish_losses(
     part_losses: tensor, commitment_loss: tensor, codebook_loss: tensor, rows_in: tensor, head: tensor, dim: tensor,
-    num_losses: tensor,
+    num_losses: tensor, weight: tensor,
 ) -> None:  # fmt: skip
+    total, num_rows = summed_losses(part_losses, head, num_losses)
+    loss = (total / tl.maximum(num_rows * dim, 1.0)).to(commitment_loss.dtype.element_ty) * weight
+    tl.store(commitment_loss + head, loss)
+    tl.store(codebook_loss + head, loss)
+    tl.store(rows_in + head, num_rows.to(tl.int64))
+
+
+@triton.jit
+def summed_losses(part_losses: tensor, head: tensor, num_losses: tensor) -> tensor:
+    """Σ(x − q)² and the number of rows, () fp64."""
     lane = tl.arange(0, 256)
     total = tl.zeros([256], tl.float64)
     rows = tl.zeros([256], tl.float64)
@@ -163,11 +188,18 @@ def finish_losses(
         part = head * num_losses + first + lane
         total += tl.load(part_losses + part * 2, mask=first + lane < num_losses, other=0.0)
         rows += tl.load(part_losses + part * 2 + 1, mask=first + lane < num_losses, other=0.0)
-    num_rows = tl.sum(rows, axis=0)
-    loss = tl.sum(total, axis=0) / tl.maximum(num_rows * dim, 1.0)
-    tl.store(commitment_loss + head, loss.to(commitment_loss.dtype.element_ty))
-    tl.store(codebook_loss + head, loss.to(codebook_loss.dtype.element_ty))
-    tl.store(rows_in + head, num_rows.to(tl.int64))
+    return tl.sum(total, axis=0), tl.sum(rows, axis=0)
+
+
+class Averages(NamedTuple):
+    """The moving averages that a merge updates, of one codebook; fp32 and contiguous."""
+
+    sizes_before: Tensor  # (K,): a copy of cluster_size
+    cluster_size: Tensor  # (K,)
+    code_sums: Tensor  # (K, D)
+    share: float  # 1 − γ
+    eps: float
+    loss_weight: float
 
 
 def segment_sums(x: Tensor, codebook: Tensor | None, keys: Tensor, num_codes: int) -> tuple[Tensor, Tensor, int, int]:
@@ -228,16 +260,24 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor,
 def merge_sums(
     parts: Tensor, part_counts: Tensor, part_losses: Tensor | None, codebook: Tensor | None, counts: Tensor,
     sums: Tensor, residual_sums: Tensor | None, losses: tuple[Tensor, ...], num_parts: int, segment: int,
+    averages: Averages | None = None,
 ) -> None:  # fmt: skip
-    """``losses`` are (commitment_loss, codebook_loss, rows_in) or empty; ``segment`` is 0 for parts (H, P, K, D)."""
+    """``losses`` are (commitment_loss, codebook_loss, rows_in) or empty; ``segment`` is 0 for parts (H, P, K, D).
+
+    With ``averages`` these and the codebook are updated instead of what else is given.
+    """
     heads, num_codes, dim = sums.shape
     entries = tuning.power(min(dim, 128))
     chunks = triton.cdiv(dim, entries)
     outputs = losses or (sums, sums, sums)  # a kernel argument has to be something
     strides = (0, 0) if codebook is None else codebook.stride()[:2]
+    moved, rates = (sums, sums, sums), (0.0, 0.0, 1.0)
+    if averages is not None:
+        moved, rates = averages[:3], averages[3:]
     merge_sums_kernel[(heads * num_codes * chunks,)](
         parts, part_counts, sums if part_losses is None else part_losses, sums if codebook is None else codebook,
-        counts, sums, sums if residual_sums is None else residual_sums, *outputs, num_codes, dim, *strides,
-        num_parts, 0 if part_losses is None else part_losses.shape[1], chunks,
-        segment > 0, codebook is not None, max(segment, 1), 32, entries, **tuning.PLAIN.options(),
+        counts, sums, sums if residual_sums is None else residual_sums, *outputs, *moved, num_codes, dim, *strides,
+        num_parts, 0 if part_losses is None else part_losses.shape[1], chunks, *rates,
+        segment > 0, codebook is not None, averages is not None, max(segment, 1), 32, entries,
+        **tuning.PLAIN.options(),
     )  # fmt: skip

@@ -53,8 +53,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     x, indices, num_rows = ctx.saved_tensors
-    zero = torch.zeros_like(num_rows, dtype=ctx.dtype)
-    losses = (zero if grad is None else grad for grad in (grads[2], grads[3]))
+    losses = (torch.zeros_like(num_rows, dtype=ctx.dtype) if grad is None else grad for grad in (grads[2], grads[3]))
     grad_x = lookup_free_quantize_backward(
         x, indices, num_rows, grads[0], *losses, ctx.scale, ctx.logit_scale, ctx.keep_zero, ctx.backend
     )

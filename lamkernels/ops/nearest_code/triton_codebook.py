@@ -1,4 +1,4 @@
-"""A codebook made ready to be streamed: centred, padded to whole tiles, with its half norms; four small kernels."""
+"""A codebook made ready to be streamed: padded to whole tiles, with its half norms; two kernels, four with a centre."""
 
 # mypy: allow-untyped-decorators
 # (Triton ships no types)
@@ -28,6 +28,18 @@ class ReadyCodebook(NamedTuple):
 
 
 @triton.jit
+def finite_codes(row: tensor, present: tensor, dim: tensor, BK: tl.constexpr, BD: tl.constexpr) -> tensor:
+    """Whether each code [BK] is finite; ``row`` points to their first entries."""
+    finite = present
+    for start in range(0, dim, BD):
+        d = start + tl.arange(0, BD)
+        inside = present[:, None] & (d < dim)[None, :]  # [BK, BD]
+        entry = tl.load(row[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        finite = finite & (tl.min(is_finite(entry).to(tl.int32), axis=1) > 0)
+    return finite
+
+
+@triton.jit
 def code_flags_kernel(
     codebook: tensor, flags: tensor, num_codes: tensor, dim: tensor, stride_h: tensor, stride_k: tensor, tiles: tensor,
     BK: tl.constexpr, BD: tl.constexpr,
@@ -36,12 +48,7 @@ def code_flags_kernel(
     head = (tl.program_id(0) // tiles).to(tl.int64)
     k = (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)
     row = codebook + head * stride_h + k.to(tl.int64) * stride_k
-    finite = k < num_codes
-    for start in range(0, dim, BD):
-        d = start + tl.arange(0, BD)
-        inside = (k < num_codes)[:, None] & (d < dim)[None, :]  # [BK, BD]
-        entry = tl.load(row[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        finite = finite & (tl.min(is_finite(entry).to(tl.int32), axis=1) > 0)
+    finite = finite_codes(row, k < num_codes, dim, BK, BD)
     tl.store(flags + head * num_codes + k, finite.to(tl.int8), mask=k < num_codes)
 
 
@@ -85,15 +92,18 @@ def centred_codes_kernel(
     """codes (H, padded K, padded D): centred, 0 where not finite; (H, padded K) norms fp64 and largest |entry| fp32."""
     head = (tl.program_id(0) // tiles).to(tl.int64)
     k = (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)
-    finite = tl.load(flags + head * num_codes + k, mask=k < num_codes, other=0) > 0
+    row = codebook + head * stride_h + k.to(tl.int64) * stride_k
+    if CENTRE:
+        finite = tl.load(flags + head * num_codes + k, mask=k < num_codes, other=0) > 0
+    else:
+        finite = finite_codes(row, k < num_codes, dim, BK, BD)
     out = (head * padded_codes + k) * padded_dim  # [BK]
     norm = tl.zeros([BK], tl.float64)
     top = tl.zeros([BK], tl.float32)
     for start in range(0, padded_dim, BD):
         d = start + tl.arange(0, BD)
         inside = finite[:, None] & (d < dim)[None, :]  # [BK, BD]
-        source = codebook + head * stride_h + k.to(tl.int64)[:, None] * stride_k + d[None, :]
-        code = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        code = tl.load(row[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
         middle = tl.zeros([BD], tl.float32)
         if CENTRE:
             middle = tl.load(centre + head * padded_dim + d)
@@ -143,11 +153,11 @@ def ready_codebook(codebook: Tensor, tile: tuning.Tile, l2: bool, centred: bool,
     half_norm, largest = codebook.new_empty((2, heads, padded[0]), dtype=torch.float32)
     norms = codebook.new_empty((heads, padded[0]), dtype=torch.float64)
     limit = codebook.new_empty((heads,), dtype=torch.float32)
-    flags = codebook.new_empty((heads, num_codes), dtype=torch.int8)
+    flags = codebook.new_empty((heads, num_codes if centred else 0), dtype=torch.int8)
     strides, per, plain = codebook.stride()[:2], CODES_PER_PROGRAM, tuning.PLAIN.options()
-    tiles = triton.cdiv(num_codes, per)
-    code_flags_kernel[(heads * tiles,)](codebook, flags, num_codes, dim, *strides, tiles, per, tile.dim, **plain)
     if centred:
+        tiles = triton.cdiv(num_codes, per)
+        code_flags_kernel[(heads * tiles,)](codebook, flags, num_codes, dim, *strides, tiles, per, tile.dim, **plain)
         tiles = triton.cdiv(padded[1], 16)
         column_centre_kernel[(heads * tiles,)](
             codebook, flags, centre, num_codes, dim, padded[1], *strides, tiles, 128, 16, **plain

@@ -1,17 +1,18 @@
 """vector_quantize in CUDA C++ (csrc/vector_quantize.cu): for the few rows of latent action models, one launch a pass.
 
-Also, in the launch of the forward, the moving averages of a codebook: :func:`ema_step`. Not yet measured on a GPU.
+Also, in the launch of the forward, the moving averages of a codebook: :func:`step_forward`. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lamkernels.ops.cuda_common import THREADS, TYPES, launch, pack, shared_limit, tickets, types
+from lamkernels.ops.vector_quantize.gpu_step import Step
 
 SOURCE = "vector_quantize.cu"
 ROWS, WARPS = 32, THREADS // 32  # of a tile and of a block, as in the source
@@ -185,71 +186,27 @@ def launch_backward(
     launch("vector_quantize_bwd", SOURCE, types(x.dtype, x.dtype), grid, arguments, 0, x.device)
 
 
-def ema_step(
-    x: Tensor, averages: tuple[Tensor, Tensor, Tensor], precision: str, rates: tuple[float, float], weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Straight-through quantisation and the update of the codebook in one launch, and its backward in another.
-
-    Args:
-        x: (..., D).
-        averages: codebook (K, D), cluster_size (K,) and code_sums (K, D), float32 and contiguous; updated.
-        precision: as for :func:`lamkernels.nearest_code`.
-        rates: decay and ε, as of :class:`lamkernels.VectorQuantize`.
-        weight: of the commitment loss.
-
-    Returns:
-        quantized as x, indices (...,) int64 with 0 for a row that is not finite, and the weighted loss ().
-    """
-    step: tuple[Tensor, Tensor, Tensor] = _EmaStep.apply(x, averages, precision, rates, weight)  # type: ignore[no-untyped-call]
-    return step
+def step_forward(x: Tensor, precision: str, step: Step) -> None:
+    """The forward of gpu_step.py in one launch: ``x`` (1, N, D) or (1, B, N / B, D)."""
+    codebook, sizes, code_sums = step.averages
+    out = Outputs(
+        quantized=step.quantized, indices=step.indices, commitment_loss=step.loss, num_rows=step.num_rows,
+        codebook=codebook, cluster_size=sizes, code_sums=code_sums,
+    )  # fmt: skip
+    launch_forward(
+        x, codebook.unsqueeze(0), codebook.shape[0], out, precision=precision, lowest=0, averaging=step.rates,
+        weight=step.weight,
+    )  # fmt: skip
 
 
-class _EmaStep(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, averages: tuple[Tensor, Tensor, Tensor], precision: str, rates: tuple[float, float],
-        weight: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        from lamkernels.one_call import rows_in_groups
-
-        codebook = averages[0]
-        quantized = x.new_empty(x.shape)
-        indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
-        loss = x.new_empty((), dtype=torch.float32)
-        num_rows = x.new_empty((1,), dtype=torch.int64)
-        out = Outputs(
-            quantized=quantized, indices=indices, commitment_loss=loss, num_rows=num_rows, codebook=codebook,
-            cluster_size=averages[1], code_sums=averages[2],
-        )  # fmt: skip
-        rows = rows_in_groups(x.detach().unsqueeze(0))
-        launch_forward(
-            rows, codebook.unsqueeze(0), codebook.shape[0], out, precision=precision, lowest=0, averaging=rates,
-            weight=weight,
-        )  # fmt: skip
-        torch.autograd.graph.increment_version(averages)  # autograd notices the update by it
-        ctx.save_for_backward(x, quantized, num_rows)
-        ctx.mark_non_differentiable(indices)
-        ctx.set_materialize_grads(False)
-        ctx.weight = weight
-        return quantized, indices, loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        from lamkernels.one_call import rows_in_groups
-
-        if torch.is_grad_enabled():
-            raise NotImplementedError("this step has no second derivative: do not differentiate with create_graph=True")
-        x, quantized, num_rows = ctx.saved_tensors
-        grad_quantized, _, grad_loss = grads
-        dim = x.shape[-1]
-        grad_x = x.new_empty(x.shape)
-        launch_backward(
-            rows_in_groups(x.detach().unsqueeze(0)), quantized.view(1, -1, dim), None, None, num_rows,
-            None if grad_quantized is None else grad_quantized.reshape(1, -1, dim),
-            num_rows.new_zeros(1, dtype=torch.float32) if grad_loss is None else grad_loss.reshape(1), None, grad_x,
-            None, ctx.weight,
-        )  # fmt: skip
-        return grad_x, None, None, None, None
+def step_backward(
+    x: Tensor, codes: Tensor, num_rows: Tensor, grad_quantized: Tensor | None, grad_loss: Tensor, grad_x: Tensor,
+    weight: float,
+) -> None:  # fmt: skip
+    """Its backward in one launch: writes ``grad_x``, contiguous; of ``codes`` (1, N, D), NaN for a row not in."""
+    launch_backward(
+        x, codes, None, None, num_rows, grad_quantized, grad_loss, None, grad_x, None, weight
+    )  # fmt: skip
 
 
 def unit_inner(tensor: Tensor) -> Tensor:

@@ -72,7 +72,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     x, codes, indices, residual_sums, num_rows, noise = ctx.saved_tensors
     grad_quantized, grad_commitment, grad_codebook_loss = grads[0], grads[2], grads[3]
-    zero = residual_sums.new_zeros(num_rows.shape)
+    needs_codebook = ctx.needs_input_grad[1]
+    if grad_commitment is None:
+        grad_commitment = residual_sums.new_zeros(num_rows.shape)
+    if grad_codebook_loss is None:  # what nobody asks for may be any number; zeros take a launch
+        grad_codebook_loss = torch.zeros_like(grad_commitment) if needs_codebook else grad_commitment
     grad_x, grad_codebook = vector_quantize_backward(
         x,
         codes,
@@ -81,11 +85,11 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         num_rows,
         noise,
         grad_quantized,
-        zero if grad_commitment is None else grad_commitment,
-        zero if grad_codebook_loss is None else grad_codebook_loss,
+        grad_commitment,
+        grad_codebook_loss,
         *ctx.options,
     )
-    return grad_x, grad_codebook.to(ctx.codebook_dtype), None, None, None, None, None, None
+    return grad_x, grad_codebook.to(ctx.codebook_dtype) if needs_codebook else None, None, None, None, None, None, None
 
 
 register_gradient("vector_quantize", _backward, _setup_context)

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.language import tensor
 
 from lamkernels import tuning
-from lamkernels.ops.code_statistics.triton import merge_sums, segment_sums
+from lamkernels.ops.code_statistics.triton import Averages, merge_sums, segment_sums
 from lamkernels.ops.constants import NOISE_EPS
 from lamkernels.ops.cosine import unit_rows
 from lamkernels.ops.nearest_code.triton import nearest_code
@@ -52,14 +52,17 @@ NOISE_FLOOR = tl.constexpr(NOISE_EPS)
 @triton.jit
 def vector_quantize_fwd_kernel(
     x: tensor, codebook: tensor, mask: tensor, quantized: tensor, indices: tensor, parts: tensor, part_counts: tensor,
-    part_losses: tensor, noise: tensor, codes: tensor, num_rows: tensor, num_codes: tensor, dim: tl.constexpr,
-    x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor, c_k: tensor, m_h: tensor, m_n: tensor,
-    tiles: tensor, programs: tensor,
+    part_losses: tensor, noise: tensor, codes: tensor, sizes_before: tensor, cluster_size: tensor, num_rows: tensor,
+    num_codes: tensor, dim: tl.constexpr, x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor,
+    c_k: tensor, m_h: tensor, m_n: tensor, tiles: tensor, programs: tensor,
     L2: tl.constexpr, COSINE: tl.constexpr, NOISE: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr,
-    DOT: tl.constexpr, SUM_DOT: tl.constexpr, MASK: tl.constexpr, AHEAD: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, BD: tl.constexpr,
+    DOT: tl.constexpr, SUM_DOT: tl.constexpr, MASK: tl.constexpr, AVERAGES: tl.constexpr, AHEAD: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Lookup, output, and per program: residual sums (H, P, K, D), counts (H, P, K), loss and rows (H, P, 2)."""
+    """Lookup, output, and per program: residual sums (H, P, K, D), counts (H, P, K), loss and rows (H, P, 2).
+
+    With AVERAGES, for the merge that updates them, also a copy of their sizes; a row that is not finite gets index 0.
+    """
     head = (tl.program_id(0) // programs).to(tl.int64)
     codebook += head * c_h
     centre, half_norm, limit = resident_norms(codebook, c_k, num_codes, dim, L2, CENTRE, BK, BD)
@@ -90,7 +93,10 @@ def vector_quantize_fwd_kernel(
             scanned, _ = scan_exactly(rows, x_d, again, codebook, c_k, num_codes, dim, L2, BN, 16)
             index = tl.where(again, scanned, index)
         index = tl.where(kept, index, -1)
-        tl.store(indices + head * num_rows + row, index.to(tl.int64), mask=present)
+        found = index.to(tl.int64)
+        if AVERAGES:
+            found = tl.maximum(found, 0)
+        tl.store(indices + head * num_rows + row, found, mask=present)
         inside = (index >= 0)[:, None] & (d < dim)[None, :]
         source = codebook + index.to(tl.int64)[:, None] * c_k + d[None, :]
         chosen = tl.load(source, mask=inside, other=float("nan")).to(tl.float32)
@@ -118,6 +124,9 @@ def vector_quantize_fwd_kernel(
         total += grouped_sum(member, residual, SUM_DOT)
         count += tl.sum(member.to(tl.int32), axis=1)
     program = tl.program_id(0).to(tl.int64)
+    if AVERAGES:
+        copied = (k < num_codes) & (program == 0)
+        tl.store(sizes_before + k, tl.load(cluster_size + k, mask=copied, other=0.0), mask=copied)
     part = program * num_codes + k
     tl.store(parts + part[:, None] * dim + d[None, :], total, mask=(k < num_codes)[:, None] & (d < dim)[None, :])
     tl.store(part_counts + part, count, mask=k < num_codes)
@@ -206,7 +215,7 @@ def vector_quantize(
     """``x`` (H, N, D) or (H, B, N / B, D), ``codebook`` (H, K, D), ``mask`` (H, N) bool or None, ``noise`` (H, N, D) or
     None.
     """
-    codebook, target = unit_inner(codebook), tuning.target_of(x.device)
+    codebook = unit_inner(codebook)
     heads, rows, (num_codes, dim) = x.shape[0], x.shape[1:-1].numel(), codebook.shape[1:]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     outputs = Outputs(
@@ -221,19 +230,36 @@ def vector_quantize(
         codes=x.new_empty((heads, 0 if noise is None else rows, dim)),
     )
     noise = None if noise is None else noise.contiguous()
+    return quantize_into(outputs, x, codebook, mask, noise, metric, precision)
+
+
+def quantize_into(
+    out: Outputs, x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, precision: str,
+    averages: Averages | None = None,
+) -> Outputs:  # fmt: skip
+    """Writes to ``out`` and returns it, with other indices where the codebook does not fit one tile.
+
+    With ``averages`` these and the codebook are updated by the statistics, and nothing but rows, indices, losses and
+    their number is written, all to ``out``, with index 0 for a row that is not finite.
+    """
+    (_, rows, dim), num_codes, target = out.quantized.shape, codebook.shape[1], tuning.target_of(x.device)
     how = arithmetic(x, codebook, metric, precision, target)
     tile = None if how.exact else tuning.resident(target, rows, num_codes, dim, dim > 1 and x.stride(-1) != 1)
     with on_device(x):
         if tile is not None:
-            _fused(x, codebook, mask, noise, metric, how, tile, outputs)
-        else:
-            indices, _ = nearest_code(x, codebook, metric, precision, False)
-            outputs = outputs._replace(indices=indices)
-            part_losses = _quantize_rows(x, codebook, mask, noise, metric, outputs)
-            unit = unit_rows(x, wide) if metric == "cosine" else x
-            parts, offsets, tiles, segment = segment_sums(unit, codebook, indices, num_codes)
-            _merge(parts, offsets, part_losses, codebook, outputs, tiles, segment)
-    return outputs
+            _fused(x, codebook, mask, noise, metric, how, tile, out, averages)
+            return out
+        if averages is not None:
+            averages.sizes_before.copy_(averages.cluster_size)
+        indices, _ = nearest_code(x, codebook, metric, precision, False)
+        out, written = out._replace(indices=indices), out.indices
+        part_losses = _quantize_rows(x, codebook, mask, noise, metric, out)
+        unit = unit_rows(x, out.sums.dtype) if metric == "cosine" else x
+        parts, offsets, tiles, segment = segment_sums(unit, codebook, indices, num_codes)
+        _merge(parts, offsets, part_losses, codebook, out, tiles, segment, averages)
+        if averages is not None:
+            torch.clamp(indices, min=0, out=written)
+        return out
 
 
 class Outputs(NamedTuple):
@@ -251,15 +277,18 @@ class Outputs(NamedTuple):
 
 
 def _merge(
-    parts: Tensor, counts: Tensor, losses: Tensor, codebook: Tensor, out: Outputs, tiles: int, segment: int
-) -> None:
+    parts: Tensor, counts: Tensor, losses: Tensor, codebook: Tensor, out: Outputs, tiles: int, segment: int,
+    averages: Averages | None = None,
+) -> None:  # fmt: skip
     scalars = (out.commitment_loss, out.codebook_loss, out.num_rows)
-    merge_sums(parts, counts, losses, codebook, out.counts, out.sums, out.residual_sums, scalars, tiles, segment)
+    merge_sums(
+        parts, counts, losses, codebook, out.counts, out.sums, out.residual_sums, scalars, tiles, segment, averages
+    )
 
 
 def _fused(
     x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, how: Arithmetic,
-    tile: tuning.Tile, out: Outputs,
+    tile: tuning.Tile, out: Outputs, averages: Averages | None = None,
 ) -> None:  # fmt: skip
     (heads, rows, dim), num_codes, (x, strides) = out.quantized.shape, codebook.shape[1], rows_in_place(x)
     target, tiles = tuning.target_of(x.device), triton.cdiv(rows, tile.rows)
@@ -271,12 +300,13 @@ def _fused(
     part_losses = x.new_empty((heads, programs, 2), dtype=torch.float64)
     vector_quantize_fwd_kernel[(heads * programs,)](
         x, codebook, out.indices if mask is None else mask, out.quantized, out.indices, parts, part_counts, part_losses,
-        x if noise is None else noise, out.codes, rows, num_codes, dim, *strides, *codebook.stride()[:2],
+        x if noise is None else noise, out.codes, *((out.sums, out.sums) if averages is None else averages[:2]), rows,
+        num_codes, dim, *strides, *codebook.stride()[:2],
         *((0, 0) if mask is None else mask.stride()), tiles, programs, metric == "l2", metric == "cosine",
-        noise is not None, how.centre, how.native, how.dot, fp32_product(target),
-        mask is not None, ahead, tile.rows, tile.codes, tile.dim, **tile.options(),
+        noise is not None, how.centre, how.native, how.dot, fp32_product(target), mask is not None,
+        averages is not None, ahead, tile.rows, tile.codes, tile.dim, **tile.options(),
     )  # fmt: skip
-    _merge(parts, part_counts, part_losses, codebook, out, programs, 0)
+    _merge(parts, part_counts, part_losses, codebook, out, programs, 0, averages)
 
 
 def _quantize_rows(

@@ -23,10 +23,13 @@ def vector_quantize_bwd_kernel(
     grad_commitment: tensor, grad_codebook_loss: tensor, grad_x: tensor, grad_codebook: tensor, num_rows: tensor,
     code_entries: tensor, dim: tensor, x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, g_h: tensor,
     g_n: tensor, g_d: tensor, commitment_h: tensor, codebook_h: tensor, tiles: tensor, chunks: tensor,
-    row_programs: tensor, code_tiles: tensor,
-    GRAD: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    row_programs: tensor, code_tiles: tensor, loss_weight: tensor,
+    GRAD: tl.constexpr, BY_CODE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The first ``row_programs`` programs write grad_x, the others grad_codebook."""
+    """The first ``row_programs`` programs write grad_x, the others grad_codebook.
+
+    With BY_CODE a row is in unless its code is NaN.
+    """
     wide = residual_sums.dtype.element_ty
     program = tl.program_id(0)
     if program < row_programs:
@@ -35,14 +38,18 @@ def vector_quantize_bwd_kernel(
         d = (program % chunks) * BD + tl.arange(0, BD)
         inside = (row < num_rows)[:, None] & (d < dim)[None, :]  # [BN, BD]
         place = (head * num_rows + row)[:, None] * dim + d[None, :]
-        index = tl.load(indices + head * num_rows + row, mask=row < num_rows, other=-1)
-        used = inside & (index >= 0)[:, None]
+        if BY_CODE:
+            code = tl.load(quantized + place, mask=inside, other=0.0).to(wide)
+            used = inside & (code == code)
+        else:
+            index = tl.load(indices + head * num_rows + row, mask=row < num_rows, other=-1)
+            used = inside & (index >= 0)[:, None]
+            code = tl.load(quantized + place, mask=used, other=0.0).to(wide)
         count = tl.maximum(tl.load(rows_in + head) * dim, 1).to(tl.float64)
-        scale = tl.load(grad_commitment + head * commitment_h).to(tl.float64) * (2.0 / count)
+        scale = (tl.load(grad_commitment + head * commitment_h) * loss_weight).to(tl.float64) * (2.0 / count)
         rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
         entry = tl.load(rows[:, None] + d[None, :] * x_d, mask=used, other=0.0).to(wide)
-        residual = entry - tl.load(quantized + place, mask=used, other=0.0).to(wide)
-        grad = residual * scale.to(wide)
+        grad = (entry - code) * scale.to(wide)
         if GRAD:
             source = grad_quantized + head * g_h + row[:, None] * g_n + d.to(tl.int64)[None, :] * g_d
             grad += tl.load(source, mask=used, other=0.0).to(wide)
@@ -215,7 +222,7 @@ def vector_quantize_backward(
                 metric == "cosine", *shape, **tile.options(),
             )  # fmt: skip
         else:
-            vector_quantize_bwd_kernel[grid](*arguments, *shape, **tile.options())
+            vector_quantize_bwd_kernel[grid](*arguments, 1.0, shape[0], False, *shape[1:], **tile.options())
         if pull is not None:
             grad_codebook -= code_statistics(pull, indices, num_codes)[1]
     return grad_x, grad_codebook

@@ -1,0 +1,1 @@
+"""What a codebook that is learned by averages or loses codes needs after a lookup, in kernels for a GPU."""
