@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from lamkernels.bench.ahead import record
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ALLOCATIONS = ("empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like", "detach", "_unsafe_view")
 
