@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from step_cases import assert_steps_of_the_module
 
 import lamkernels as lk
 
@@ -11,6 +12,27 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device; there is none here"),
 ]
+
+
+@pytest.mark.parametrize(("rows", "codes", "dim"), [(256, 8, 32), (600, 300, 200)])  # one tile; several chunks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_move_the_averages_as_torch_would(rows: int, codes: int, dim: int, dtype: torch.dtype) -> None:
+    triton_step = pytest.importorskip("lamkernels.ops.vector_quantize.triton_step")
+    with torch.device("cuda"):
+        assert_steps_of_the_module(triton_step, rows, codes, dim, dtype, atol=1e-6)
+
+
+def test_two_runs_leave_the_same_bits() -> None:
+    def trained() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        vq = lk.VectorQuantize(40, 500, dead_code_threshold=1.0, device="cuda")
+        for _ in range(4):
+            x = torch.randn(20_000, 40, device="cuda", requires_grad=True)
+            quantized, _, loss = vq(x)
+            (quantized.square().mean() + loss).backward()
+        return [x.grad, quantized.detach(), *vq.state_dict().values()]
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(), trained(), strict=True))
 
 
 @pytest.mark.parametrize("update", ["ema", "gradient"])
