@@ -125,7 +125,7 @@ def vector_quantize_fwd_kernel(
         count += tl.sum(member.to(tl.int32), axis=1)
     program = tl.program_id(0).to(tl.int64)
     if AVERAGES:
-        copied = (k < num_codes) & (program == 0)
+        copied = k < tl.where(program == 0, num_codes, 0)
         tl.store(sizes_before + k, tl.load(cluster_size + k, mask=copied, other=0.0), mask=copied)
     part = program * num_codes + k
     tl.store(parts + part[:, None] * dim + d[None, :], total, mask=(k < num_codes)[:, None] & (d < dim)[None, :])
