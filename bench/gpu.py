@@ -2,7 +2,7 @@
 
 Needs no network and no installation: the working directory is a checkout, and what is absent is a row or a part that
 says so. Each part is a process with a time limit of its own; a part that is done is not run again, one that fails does
-not keep the others from running.
+not keep the others from running. Parts that time nothing run side by side.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import io
+import itertools
 import json
 import os
 import re
@@ -18,12 +20,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,7 +37,8 @@ from .page import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 10.0  # seconds in which a part that is out of time writes what it has
-TAIL = 40  # lines of a part's output that its record keeps
+SAID = "output.txt"  # what a part said, beside its record
+TAIL = 40  # lines of it that the record repeats
 PROVIDERS = "triton,cuda,harness,flash-kmeans,flashlib,eager,compile,vqp,vqp-compile"
 ALONE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # of processes that share the cores
 TOOLS = ("nvidia-smi", "nvcc", "compute-sanitizer", "cuobjdump")
@@ -50,6 +54,7 @@ class Part:
         command: what is run, in the root of the checkout.
         needs: an executable or a module without which it is absent.
         environment: variables of its own.
+        shares: whether it runs beside its neighbours that do: nothing in it is timed.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Part:
     command: tuple[str, ...]
     needs: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+    shares: bool = False
 
     def absent(self) -> str:
         """Why it cannot run here, or ""."""
@@ -87,16 +93,19 @@ def parts(out: Path) -> tuple[Part, ...]:
     def sanitized(tool: str) -> Part:
         watch = ("compute-sanitizer", f"--tool={tool}", "--target-processes=application-only", "--error-exitcode=3")
         cases = (sys.executable, "-m", f"{package}.small_cases", "--device=cuda")
-        return Part(tool, 27, (*watch, *cases), "compute-sanitizer", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return Part(tool, 120, (*watch, *cases), "compute-sanitizer", own, shares=True)
 
     junit = f"--junitxml={out / 'tests' / 'junit.xml'}"
     workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2))  # most of their time is Triton's compiler
     several = ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
     tests = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *several, junit, "tests/gpu")
     return (
-        Part("tests", 95, tests, "pytest", ALONE),
         Part("warm", 45, (sys.executable, "-m", f"{package}.warm", "--device=cuda"), "", ALONE),
-        suite("train_step", 70, "--suite=lam,tokenizer", "--op=train_step"),
+        Part("tests", 120, tests, "pytest", ALONE, shares=True),
+        sanitized("memcheck"),
+        sanitized("racecheck"),
+        suite("train_step", 65, "--suite=lam,tokenizer", "--op=train_step"),
         suite("targets", 65, "--suite=targets", "--op=nearest_code,vector_quantize"),
         alone("tune", 30, "--tune"),
         suite("nearest_code", 40, "--suite=lam,tokenizer", "--op=nearest_code"),
@@ -106,48 +115,122 @@ def parts(out: Path) -> tuple[Part, ...]:
         alone("compat", 15, "--compat"),
         alone("lapa", 30, "--profile=lapa", "--seconds=0.3"),
         alone("univla", 30, "--profile=univla", "--seconds=0.3"),
-        sanitized("memcheck"),
-        sanitized("racecheck"),
     )
 
 
-def run(chosen: Sequence[Part], out: Path, seconds: float, *, commit: str = "", again: bool = False) -> dict[str, str]:
-    """Runs the parts that are not done, and records each in ``out/<name>/part.json``.
+class _Job(NamedTuple):
+    """A part that runs."""
+
+    part: Part
+    process: subprocess.Popen[bytes]
+    begin: float
+    end: float
+
+    def over(self) -> bool:
+        """Whether it ended, or is out of time."""
+        return self.process.poll() is not None or time.monotonic() >= self.end
+
+    def finish(self) -> str:
+        """Its state. Where it has not ended, it is told to, and has some time to write what it has."""
+        ended = self.process.poll() is not None
+        if not ended:
+            self.process.send_signal(signal.SIGINT)  # the benchmark writes the workloads it has, pytest its summary
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(GRACE)
+        _kill(self.process)
+        return "out of time" if not ended else "failed" if self.process.returncode else "done"
+
+
+def longest(chosen: Sequence[Part]) -> float:
+    """The seconds that parts take if each runs into its limit."""
+    return sum(max(part.seconds for part in group) for group in _side_by_side(chosen))
+
+
+def _side_by_side(chosen: Sequence[Part]) -> Iterator[list[Part]]:
+    """The parts in their order: neighbours that share the machine together, each other one by itself."""
+    for _, group in itertools.groupby(chosen, key=lambda part: "" if part.shares else part.name):
+        yield list(group)
+
+
+def run(
+    chosen: Sequence[Part], out: Path, seconds: float, *, commit: str = "", again: bool = False,
+    archive: Path | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Runs the parts that are not done, records each in ``out/<name>/part.json``, and renews the archive after each
+    (after the last of those that run side by side).
 
     Returns:
         by part, "done", "failed", "out of time", "absent" or "not reached".
     """
-    end, states = time.monotonic() + seconds, {}
-    for part in chosen:
-        record = out / part.name / "part.json"
-        if not again and _state(record) == "done":
-            states[part.name] = "done"
-            print(f"{part.name:16} done before", flush=True)
-            continue
-        left = end - time.monotonic()
-        if left <= 0:
-            states[part.name] = "not reached"
-            print(f"{part.name:16} not reached", flush=True)
-            continue
-        begin = time.monotonic()
-        reason = part.absent()
-        state, output = ("absent", reason) if reason else _process(part, min(part.seconds, left), commit)
-        taken = time.monotonic() - begin
-        lines = output.splitlines()[-TAIL:]
-        found = {
-            "part": part.name,
-            "state": state,
-            "seconds": round(taken, 1),
-            "command": part.shown(),
-            "commit": commit or report.commit(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "output": lines,
-        }
-        report.replace_file(record, (json.dumps(found, indent=1) + "\n").encode())
-        states[part.name] = state
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        print(f"{part.name:16} {state} after {taken:.0f} s: {last[:120]}", flush=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would the parts
+    end = time.monotonic() + seconds
+    states: dict[str, str] = {}
+    for group in _side_by_side(chosen):
+        with contextlib.ExitStack() as stack:
+            running = []
+            for part in group:
+                left = end - time.monotonic()
+                if not again and _state(out / part.name / "part.json") == "done":
+                    states[part.name] = "done"
+                    print(f"{part.name:16} done before", flush=True)
+                elif left <= 0:
+                    states[part.name] = "not reached"
+                    print(f"{part.name:16} not reached", flush=True)
+                elif reason := part.absent():
+                    states[part.name] = _record(part, "absent", 0.0, reason, out, commit)
+                else:
+                    running.append(_start(part, min(part.seconds, left), commit, out / part.name / SAID, stack))
+            while running:
+                for job in [job for job in running if job.over()]:
+                    running.remove(job)
+                    state = job.finish()
+                    taken = time.monotonic() - job.begin
+                    said = (out / job.part.name / SAID).read_text(errors="replace")
+                    states[job.part.name] = _record(job.part, state, taken, said, out, commit)
+                time.sleep(0.05)
+        if archive is not None:
+            pack(out, archive)
     return states
+
+
+def _start(part: Part, seconds: float, commit: str, said: Path, stack: contextlib.ExitStack) -> _Job:
+    """Starts a part in a process group of its own, of which nothing outlives the stack; its output goes to ``said``."""
+    environment = {**os.environ, "LAMKERNELS_COMMIT": commit, **part.environment}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+    said.parent.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    with said.open("wb") as output:
+        process = subprocess.Popen(
+            part.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    stack.callback(_kill, process)
+    return _Job(part, process, begin, begin + seconds)
+
+
+def _record(part: Part, state: str, seconds: float, output: str, out: Path, commit: str) -> str:
+    """Writes what became of a part, and says it; the state."""
+    lines = output.splitlines()[-TAIL:]
+    found = {
+        "part": part.name,
+        "state": state,
+        "seconds": round(seconds, 1),
+        "command": part.shown(),
+        "commit": commit or report.commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "output": lines,
+    }
+    report.replace_file(out / part.name / "part.json", (json.dumps(found, indent=1) + "\n").encode())
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    print(f"{part.name:16} {state} after {seconds:.0f} s: {last[:120]}", flush=True)
+    return state
+
+
+def pack(out: Path, archive: Path) -> None:
+    """Writes the folder ``out`` as one compressed tar file, whole or not at all."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        tar.add(out, arcname=out.name)
+    report.replace_file(archive, packed.getvalue())
 
 
 def _state(record: Path) -> str:
@@ -157,35 +240,10 @@ def _state(record: Path) -> str:
         return ""
 
 
-def _process(part: Part, seconds: float, commit: str) -> tuple[str, str]:
-    """Runs a part in a process group of its own; the state and its output."""
-    environment = {**os.environ, "LAMKERNELS_COMMIT": commit, **part.environment}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    process = subprocess.Popen(
-        part.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True, preexec_fn=_heed_interrupts,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=seconds)
-        return "done" if process.returncode == 0 else "failed", output
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # the benchmark writes the workloads it has, pytest its summary
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return "out of time", process.communicate(timeout=GRACE)[0]
-        _kill(process)
-        return "out of time", process.communicate()[0]
-    finally:
-        _kill(process)  # nothing of it outlives it
-
-
-def _heed_interrupts() -> None:
-    """What a shell starts in the background ignores SIGINT, and so would its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def environment(commit: str) -> dict[str, Any]:
@@ -211,13 +269,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="where to write (bench/results/<device>)")
     parser.add_argument("--parts", help="some of them, with commas: " + ", ".join(part.name for part in parts(Path())))
-    parser.add_argument("--minutes", type=float, default=9.5, help="after which no part is started or goes on (9.5)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which no part is started or goes on (9)")
+    parser.add_argument("--archive", type=Path, help="a .tar.gz file of all results, renewed after every part")
     parser.add_argument("--commit", default="", help="what is measured, where the checkout has no .git")
     parser.add_argument("--again", action="store_true", help="run parts that are done, too")
     parser.add_argument("--list", action="store_true", help="show the parts and their commands, and run nothing")
     args = parser.parse_args(argv)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "device"
+    archive = args.archive.resolve() if args.archive else None
     out = (args.out or RESULTS / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")).resolve()
+    if archive is not None and archive.is_relative_to(out):
+        parser.error("--archive cannot lie in the folder that it packs")
     if out.is_relative_to(ROOT):  # the parts run there, and their records then name no path of this machine
         out = out.relative_to(ROOT)
         os.chdir(ROOT)
@@ -239,7 +301,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     found = environment(args.commit)
     report.replace_file(out / "environment.json", (json.dumps(found, indent=1) + "\n").encode())
-    states = run([chosen[name] for name in names], out, 60 * args.minutes, commit=args.commit, again=args.again)
+    states = run(
+        [chosen[name] for name in names], out, 60 * args.minutes, commit=args.commit, again=args.again, archive=archive
+    )
     print(f"results are in {out}; the same command goes on with what is not done")
     return int(any(state not in ("done", "absent") for state in states.values()))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tarfile
 import time
 import warnings
 from pathlib import Path
@@ -80,10 +81,39 @@ def test_parts_fail_time_out_and_resume_by_themselves(tmp_path, monkeypatch):
     assert runs["right"].read_text() == "xx"
 
 
+MEETING = """
+import pathlib, time
+here, there = (pathlib.Path({0!r}) / name for name in ({1!r}, {2!r}))
+here.touch()
+while not there.exists():
+    time.sleep(0.02)
+print("x" * 200_000)
+"""
+
+
+def test_parts_that_time_nothing_run_side_by_side_and_the_archive_keeps_all(tmp_path):
+    out, archive = tmp_path / "a-gpu", tmp_path / "kept" / "results.tar.gz"
+    left, right = (
+        script(a, MEETING.format(str(tmp_path), f"{a}.here", f"{b}.here"), shares=True)
+        for a, b in (("left", "right"), ("right", "left"))
+    )
+    held = f"import tarfile; print(*sorted(tarfile.open({str(archive)!r}).getnames()))"
+    chosen = [script("first", "print(1)"), left, right, script("last", held)]
+    assert gpu.longest(chosen) == 60
+    assert set(gpu.run(chosen, out, 60, archive=archive).values()) == {"done"}
+    packed = json.loads((out / "last" / "part.json").read_text())["output"][0].split()
+    records = [name.removeprefix("a-gpu/") for name in packed if name.endswith(".json")]
+    assert records == ["first/part.json", "left/part.json", "right/part.json"]
+    with tarfile.open(archive) as tar:
+        kept = tar.extractfile("a-gpu/last/part.json")
+        assert kept is not None and json.load(kept)["state"] == "done"
+        assert tar.getmember("a-gpu/right/output.txt").size == 200_001
+
+
 def test_the_parts_fit_the_time_and_their_commands_reach_the_missing_gpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     chosen = gpu.parts(tmp_path)
-    assert sum(part.seconds for part in chosen) <= 9.5 * 60
+    assert gpu.longest(chosen) <= 9 * 60
     package = gpu.__package__
     mains = {package: cli.main, f"{package}.small_cases": small_cases.main, f"{package}.warm": warm.main}
     for part in chosen:
@@ -105,7 +135,10 @@ def test_the_parts_fit_the_time_and_their_commands_reach_the_missing_gpu(tmp_pat
     assert [line.split()[0] for line in listed] == ["tests", "memcheck"] and os.fspath(tmp_path) not in listed[0]
     with pytest.raises(SystemExit):
         gpu.main(["--parts", "tests,speed"])
-    assert "no part speed; there are tests, warm, train_step" in capsys.readouterr().err
+    assert "no part speed; there are warm, tests, memcheck" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--archive", str(tmp_path / "all.tar.gz")])
+    assert "cannot lie in the folder that it packs" in capsys.readouterr().err
 
 
 def test_what_is_warmed_up_is_what_is_measured(monkeypatch):
