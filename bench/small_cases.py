@@ -82,6 +82,8 @@ def cases(device: str, backend: Any) -> dict[str, Callable[[], Sequence[Tensor]]
         "quantise, rotation": lambda: quantise(SMALL, single, gradient="rotation"),
         "quantise, noise": lambda: quantise(SMALL, half, gradient="noise"),
         "quantise, dot, bf16": lambda: quantise(SMALL, half, metric="dot"),
+        "quantise, cosine": lambda: quantise(SMALL, single, metric="cosine"),
+        "quantise, streamed, cosine": lambda: quantise(LARGE, half, metric="cosine"),
         "quantise, streamed": lambda: quantise(LARGE, single),
         "quantise, fp64": lambda: quantise(SMALL, double),
         "statistics": lambda: statistics(SMALL),

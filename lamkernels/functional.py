@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from lamkernels.backend import load_kernel, resolve
 from lamkernels.eager import in_shape, is_plain
-from lamkernels.one_call import numba_one_call, plan_one_call, rows_in_groups
+from lamkernels.one_call import gpu_cosine, numba_one_call, plan_one_call, rows_in_groups
 from lamkernels.ops.code_statistics.op import code_statistics as _code_statistics
-from lamkernels.ops.cosine import unit_rows
+from lamkernels.ops.cosine import unit_or_nan
 from lamkernels.ops.nearest_code.op import nearest_code as _nearest_code
 from lamkernels.ops.vector_quantize.op import vector_quantize as _vector_quantize
 from lamkernels.validation import (
@@ -119,7 +119,7 @@ def nearest_code(
     check_option("precision", precision, PRECISIONS)
     check_option("backend", backend, BACKENDS)
     leading = x.shape[:-1]
-    rows, codes, score = _canonical(x.detach(), codebook.detach(), metric, precision)
+    rows, codes, score = _canonical(x.detach(), codebook.detach(), metric, precision, backend)
     # without a gradient, a call that nothing watches needs no dispatcher
     kernel = load_kernel("nearest_code", "nearest_code", backend, x.device) if is_plain(x, codebook) else None
     if kernel is not None:
@@ -196,7 +196,7 @@ def vector_quantize(
         noise = None if noise is None else noise.to(x.dtype).contiguous()
         return VQOutput(*numba_one_call().quantize(x, codebook, planned.plan, (planned.rows, mask, noise)))
     leading = x.shape[:-1]
-    rows, codes, score = _canonical(x, codebook, metric, precision)
+    rows, codes, score = _canonical(x, codebook, metric, precision, backend)
     flat = rows.shape[0], math.prod(rows.shape[1:-1])
     quantized, indices, commitment, codebook_loss, counts, sums, _, num_rows, _ = _vector_quantize(
         rows,
@@ -367,22 +367,25 @@ def _noise(x: Tensor, noise: Tensor | None, generator: torch.Generator | None) -
     return noise.detach()
 
 
-def _canonical(x: Tensor, codebook: Tensor, metric: str, precision: str) -> tuple[Tensor, Tensor, str]:
+def _canonical(
+    x: Tensor, codebook: Tensor, metric: str, precision: str, backend: Backend
+) -> tuple[Tensor, Tensor, str]:  # fmt: skip
     """x (..., D) and codebook as the operators take them, (H, K, D) and for the cosine normalised.
 
     An exact cosine compares products of vectors that are normalised in fp64: a dot product of fp64 rows.
     """
     if metric == "cosine":
         exact = precision == "exact" or x.dtype == torch.float64
-        codebook = _unit(codebook, torch.float64 if exact else torch.float32)
+        codebook = _unit(codebook, torch.float64 if exact else torch.float32, backend)
         if exact:
-            x, metric = _unit(x, torch.float64), "dot"
+            x, metric = _unit(x, torch.float64, backend), "dot"
     if codebook.ndim == 2:
         x, codebook = x.unsqueeze(0), codebook.unsqueeze(0)
     return rows_in_groups(x), codebook, metric
 
 
-def _unit(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., D) normalised. One that is not finite becomes NaN, without a gradient."""
-    finite = vectors.isfinite().all(-1, keepdim=True)
-    return torch.where(finite, unit_rows(torch.where(finite, vectors, 0.0), dtype), torch.nan)
+def _unit(vectors: Tensor, dtype: torch.dtype, backend: Backend) -> Tensor:
+    """(..., D) normalised, NaN as a whole where one is not finite."""
+    kernels = gpu_cosine(vectors, backend=backend)
+    unit: Tensor = unit_or_nan(vectors, dtype) if kernels is None else kernels.unit_rows(vectors, dtype)
+    return unit

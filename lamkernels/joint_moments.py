@@ -131,8 +131,8 @@ def off_diagonal_covariance_loss(x: Tensor, *, backend: Backend = "auto") -> Ten
     if x.shape[0] < 2:
         raise ValueError(f"x has {x.shape[0]} rows; a covariance needs at least 2")
     check_option("backend", backend, BACKENDS)
-    if is_plain(x) and resolve(backend, "cpu") == "numba":
-        loss: Tensor = _OffDiagonalLoss.apply(x)  # type: ignore[no-untyped-call]
+    if is_plain(x, device=x.device.type) and (chosen := resolve(backend, x.device.type)) in ("numba", "triton"):
+        loss: Tensor = _OffDiagonalLoss.apply(x, chosen)  # type: ignore[no-untyped-call]
         return loss
     weight, _, _, xx, _, _ = moments(x, backend=backend)
     return _off_diagonal(weight, xx)[0].to(_loss_dtype(x))
@@ -152,36 +152,38 @@ def _loss_dtype(x: Tensor) -> torch.dtype:
 
 
 class _OffDiagonalLoss(torch.autograd.Function):
-    """The loss of plain rows on the CPU without the dispatcher, and its gradient (x − x̄) · 4/D · C_off / (W − 1)."""
+    """The loss of plain rows without the dispatcher, and its gradient (x − x̄) · 4/D · C_off / (W − 1).
+
+    On a GPU nothing waits for it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        kernel = load_kernel("covariance", "covariance", "numba", x.device)
+    def forward(ctx: Any, x: Tensor, backend: Backend) -> Tensor:
+        kernel = load_kernel("covariance", "covariance", backend, x.device)
         weight, mean, _, xx, _, _ = (out.squeeze(0) for out in kernel(x.detach()[None], None, None, 0, "default"))
         loss, above = _off_diagonal(weight, xx)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(x, mean, above)
-            ctx.weight = float(weight)
+            ctx.save_for_backward(x, mean, above, weight)
+            ctx.backend = backend
         return loss.to(_loss_dtype(x))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x, mean, above = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, mean, above, weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # it is differentiated again
-            weight, _, _, xx, _, _ = moments(x)
-            loss = _off_diagonal(weight, xx)[0].to(grad)
-            again: Tensor = torch.autograd.grad(loss, x, grad, create_graph=True)[0]
-            return again
+            total, _, _, xx, _, _ = moments(x, backend=ctx.backend)
+            loss = _off_diagonal(total, xx)[0].to(grad)
+            return torch.autograd.grad(loss, x, grad, create_graph=True)[0], None
         computed = _loss_dtype(x)
         near = mean.to(computed)
-        scale = 4 * grad.double() / (len(mean) * max(ctx.weight - 1, 1))
+        scale = 4 * grad.double() / (len(mean) * (weight - 1).clamp(min=1))
         matrix = (above + above.mT) * scale
         rest = (matrix @ (near.double() - mean)).to(computed)  # what rounding the mean leaves
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             gradient = torch.addmm(rest, x.to(computed) - near, matrix.to(computed))
-        if ctx.weight < len(x):
+        if x.is_cuda or float(weight) < len(x):
             gradient.masked_fill_(~x.isfinite().all(1, keepdim=True), 0.0)
-        return gradient.type_as(x)
+        return gradient.type_as(x), None
 
 
 def _check_rows(name: str, rows: Tensor) -> None:

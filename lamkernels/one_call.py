@@ -59,13 +59,12 @@ def gpu_kernels(x: Tensor, *averages: Tensor, backend: Backend) -> Any:
         backend: as for :func:`lamkernels.nearest_code`.
     """
     module = None if torch.compiler.is_compiling() else GPU_STEPS.get(resolve(backend, "cuda"))
-    if module is None or not is_plain(x, *averages, device="cuda"):
+    if module is None or not _updated_in_place(averages, x):
         return None
-    kernels, (codebook, sizes, _) = load_step(module), averages
-    same = all(t.dtype == torch.float32 and t.is_contiguous() and t.device == x.device for t in averages)
-    shapes = averages[2].shape == codebook.shape and sizes.shape == codebook.shape[:1]
+    kernels, (codebook, sizes, sums) = load_step(module), averages
+    shapes = sums.shape == codebook.shape and sizes.shape == codebook.shape[:1]
     fits = x.ndim > 0 and x.shape[-1] == codebook.shape[1] and kernels.fits(*codebook.shape, x.device)
-    return kernels if same and shapes and fits and x.dtype in kernels.TYPES else None
+    return kernels if shapes and fits and x.dtype in kernels.TYPES else None
 
 
 def gpu_upkeep(*state: Tensor, backend: Backend, rows: Tensor | None = None, mask: Tensor | None = None) -> Any:
@@ -77,15 +76,33 @@ def gpu_upkeep(*state: Tensor, backend: Backend, rows: Tensor | None = None, mas
         rows: (..., D) to draw from.
         mask: of them.
     """
-    codebook, given = state[0], [tensor for tensor in (rows, mask) if tensor is not None]
-    if torch.compiler.is_compiling() or not codebook.is_cuda or resolve(backend, "cuda") == "reference":
-        return None
-    if not available_backends()["triton"].available or not is_plain(*state, *given, device="cuda"):
-        return None
-    if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in state):
+    if not _may_take_triton(state[0], backend) or not _updated_in_place(state, rows, mask):
         return None
     upkeep = importlib.import_module("lamkernels.ops.codebook_upkeep.triton")
     return upkeep if rows is None or rows.dtype in upkeep.TYPES else None
+
+
+def gpu_cosine(rows: Tensor, *, backend: Backend) -> Any:
+    """:mod:`lamkernels.ops.triton_cosine` where its kernels take these rows (..., D); None elsewhere."""
+    if not _may_take_triton(rows, backend) or not is_plain(rows, device="cuda") or not rows.is_contiguous():
+        return None
+    cosine = importlib.import_module("lamkernels.ops.triton_cosine")
+    return cosine if rows.dtype in cosine.TYPES else None
+
+
+def _may_take_triton(rows: Tensor, backend: Backend) -> bool:
+    """Whether what is around the kernels of a backend may run in Triton: eager on a GPU, unless torch is asked for."""
+    if torch.compiler.is_compiling() or not rows.is_cuda or resolve(backend, "cuda") == "reference":
+        return False
+    return available_backends()["triton"].available
+
+
+def _updated_in_place(state: Sequence[Tensor], *others: Tensor | None) -> bool:
+    """Whether kernels can update the state in place: plain fp32 tensors without gaps, with the others on one GPU."""
+    every = [*state, *(tensor for tensor in others if tensor is not None)]
+    if not is_plain(*every, device="cuda") or any(tensor.device != state[0].device for tensor in every):
+        return False
+    return all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in state)
 
 
 GPU_STEPS = {"cuda": "cuda", "triton": "triton_step"}

@@ -18,7 +18,9 @@ from lamkernels.bench.ahead import SHARED, build, disassembler, record, sass, us
 from launches import launches, meta  # after the skips above
 
 import lamkernels as lk
+from lamkernels import functional
 from lamkernels.nn import learned_codebook
+from lamkernels.ops import triton_cosine
 from lamkernels.ops.code_statistics import triton as statistics
 from lamkernels.ops.codebook_upkeep import triton as upkeep
 from lamkernels.ops.covariance import triton as covariances
@@ -79,6 +81,12 @@ def keep_up(codes: int, dim: int, dtype: torch.dtype) -> None:
     upkeep.replace_dead_codes(rows, mask, meta(dtype=torch.int64), *state, 1.0)
 
 
+def normalise(codes: int, dim: int, dtype: torch.dtype, wanted: torch.dtype = torch.float32) -> None:
+    """Forward and backward."""
+    rows = meta(codes, dim, dtype=dtype).requires_grad_()
+    torch.autograd.grad(triton_cosine.unit_rows(rows, wanted), rows, meta(codes, dim, dtype=wanted))
+
+
 def count(codes: int, dim: int, dtype: torch.dtype) -> None:
     statistics.code_statistics(meta(1, 10**6, dim, dtype=dtype), meta(1, 10**6, dtype=torch.int64), codes)
 
@@ -114,6 +122,7 @@ SHORT: dict[str, Any] = {  # what a change is most likely to break
     "rotate 64 x 64": lambda: quantise(64, 64, SINGLE, gradient="rotation"),
     "train 8 x 32": lambda: train(256, 8, 32),
     "keep up 64 x 16": lambda: keep_up(64, 16, SINGLE),
+    "normalise 64 x 32": lambda: normalise(64, 32, SINGLE),
     "substitute 8 x 32, cosine": lambda: quantise(8, 32, SINGLE, metric="cosine", gradient="noise"),
     "quantise 64 x 64": lambda: quantise(64, 64, SINGLE),
     "quantise 64 x 64, bf16": lambda: quantise(64, 64, HALF),
@@ -145,6 +154,8 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
         (1024, 64, 16, ", few rows", SINGLE), (65536, 64, 16, "", SINGLE), (65536, 1024, 64, "", SINGLE),
         (65536, 512, 16, ", bf16", HALF), (10**6, 16, 128, "", SINGLE))},
     "keep up 1000 x 300, bf16": lambda: keep_up(1000, 300, HALF),
+    **{f"normalise 1000 x {d}, {t} to {w}": functools.partial(normalise, 1000, d, t, w)
+       for d in (7, 256, 300) for t, w in ((HALF, SINGLE), (SINGLE, DOUBLE))},
     "lookup 1000 x 100, bf16": lambda: lookup(1000, 100, HALF),
     "statistics 1000 x 100": lambda: count(1000, 100, SINGLE),
     **{f"{g} {k} x {d}, channels first": functools.partial(grouped, 1, k, d, (0, 4 * d, 1, 4), g)
@@ -292,6 +303,12 @@ def test_what_the_module_launches_beside_a_step(monkeypatch: pytest.MonkeyPatch)
     assert step(dead_code_threshold=1.0) == ([*STEP[:2], "replace_dead_codes_kernel", STEP[2]], ["add_"])
     averages = [*STEP[:2], "moving_averages_kernel"]
     assert step(gradient="rotation") == ([*averages, "by_row_bwd_kernel"], ["clone", "clamp"])
+    monkeypatch.setattr(functional, "gpu_cosine", lambda *_, **__: triton_cosine)
+    assert step(metric="cosine") == (["unit_rows_kernel", *averages, "by_row_bwd_kernel"], ["clone", "clamp"])
+    assert step(metric="cosine", update="gradient") == (
+        ["unit_rows_kernel", *STEP[:2], "by_row_bwd_kernel"],
+        ["add", "clamp"],
+    )
     assert step(update="gradient") == (STEP, ["add", "clamp"])  # of the losses, and of the indices
     kernels, operators = step(dead_code_threshold=1.0, health=lk.CodebookHealth(8, device="meta"))
     assert kernels == [*averages, "replace_dead_codes_kernel", STEP[2]]

@@ -45,13 +45,33 @@ def finite_rows(entry: tensor, BD: tl.constexpr) -> tensor:
 
 
 @triton.jit
+def finite_in_memory(first: tensor, wanted: tensor, dim: tensor, BD: tl.constexpr) -> tensor:
+    """Whether all entries of each wanted row [BN] are finite; ``first`` points to the first entry of each."""
+    finite = wanted
+    for start in range(0, dim, BD):
+        d = start + tl.arange(0, BD)
+        inside = wanted[:, None] & (d < dim)[None, :]  # [BN, BD]
+        entry = tl.load(first[:, None] + d[None, :], mask=inside, other=0.0)
+        if entry.dtype != tl.float64:
+            entry = entry.to(tl.float32)
+        finite = finite & finite_rows(entry, BD)
+    return finite
+
+
+@triton.jit
+def power_above(size: tensor) -> tensor:
+    """2^⌈log2 size⌉ of fp32 numbers that are not negative: 0 for 0, and infinite past the range."""
+    return ((size.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def grid_centre(mean: tensor, variance: tensor) -> tensor:
     """The column mean rounded to a multiple of 2^⌈log2 rms⌉, the mean itself where rms is 0, and 0 on overflow.
 
     The grid keeps x − μ exact for integer data, so that exact ties stay exact.
     """
     rms = tl.sqrt(variance)
-    step = ((rms.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    step = power_above(rms)
     usable = is_finite(mean) & is_finite(rms) & is_finite(step)
     mean = tl.where(usable, mean, 0.0)
     grid = tl.where(usable & (step > 0), step, 1.0).to(tl.float64)

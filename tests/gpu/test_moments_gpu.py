@@ -41,6 +41,26 @@ def test_two_runs_agree_to_the_last_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_the_loss_waits_for_nothing_and_is_that_of_the_specification() -> None:
+    x = torch.randn(5000, 20, device="cuda") + 3
+    x[:, 1] += 0.5 * x[:, 0]
+    x[7, 2] = torch.nan
+    leaf, other = x.clone().requires_grad_(), x.double().requires_grad_()
+    off_diagonal_covariance_loss(leaf, backend="triton").backward()  # compiles
+    leaf.grad = None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = off_diagonal_covariance_loss(leaf, backend="triton")
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = off_diagonal_covariance_loss(other, backend="reference")
+    want.backward()
+    assert leaf.grad is not None and other.grad is not None
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_the_loss_is_captured_in_a_cuda_graph() -> None:
     x = torch.randn(4096, 32, device="cuda", requires_grad=True)
 

@@ -12,6 +12,7 @@ from triton_cases import assert_quantized_like, more_hard_data, on_a_side_stream
 
 import lamkernels as lk
 from lamkernels.ops.vector_quantize import reference
+from lamkernels.validation import Backend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -116,6 +117,27 @@ def test_every_gradient_under_every_metric(
     got = torch.ops.lamkernels.vector_quantize_backward(*arguments, "triton")
     for a, b in zip(got, reference.vector_quantize_backward(*arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=10 * rounding, atol=10 * rounding)
+
+
+def test_a_codebook_is_normalised_as_by_torch_and_nothing_waits_for_it() -> None:
+    x, codebook = (t.requires_grad_() for t in data(1000, 64, 24, torch.float32, torch.float32))
+    with torch.no_grad():
+        codebook[3] = 0
+        codebook[5, 7] = torch.nan
+
+    def step(backend: Backend) -> tuple[Tensor, ...]:
+        out = lk.vector_quantize(x, codebook, metric="cosine", backend=backend)
+        return out.quantized, *torch.autograd.grad(out.quantized.square().sum() + out.codebook_loss, (x, codebook))
+
+    step("triton")  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = step("triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for mine, theirs in zip(got, step("reference"), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert not got[2][5].any()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from lamkernels.joint_moments import off_diagonal_covariance_loss
 from lamkernels.ops.covariance import reference
 from lamkernels.ops.covariance import triton as ours
 
@@ -70,3 +71,15 @@ def test_two_runs_agree_to_the_last_bit():
     x = torch.randn(1, 300, 20)
     first, second = (ours.covariance(x, None, None, 3, "default") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_loss_and_its_gradient():
+    x = torch.randn(300, 6) + 3
+    x[:, 1] += 0.5 * x[:, 0]
+    x[7, 2], x[9, 0] = torch.nan, torch.inf
+    leaf, other = x.clone().requires_grad_(), x.double().requires_grad_()
+    loss, want = (off_diagonal_covariance_loss(t, backend=b) for t, b in ((leaf, "triton"), (other, "reference")))
+    loss.backward(), want.backward()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-4, atol=1e-6)
+    assert not leaf.grad[[7, 9]].any()

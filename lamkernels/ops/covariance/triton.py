@@ -22,11 +22,13 @@ from lamkernels import tuning
 from lamkernels.ops.covariance.reference import pairs
 from lamkernels.ops.triton_common import (
     dot,
+    finite_in_memory,
     finite_rows,
     fp32_product,
     is_finite,
     on_device,
     persistent_programs,
+    power_above,
     round_to_tf32,
     unit_inner,
 )
@@ -49,24 +51,9 @@ def pair_weights_kernel(
     if GIVEN:
         weight = tl.load(given + head * g_h + n * g_n, mask=n < num_pairs, other=0.0)
     inside = (weight > 0) & is_finite(weight)
-    for start in range(0, dim, BD):
-        inside = inside & finite_part(x + head * x_h, x_n, n, start, dim, inside, BD)
-    for start in range(0, other, BD):
-        inside = inside & finite_part(y + head * y_h, y_n, n, start, other, inside, BD)
+    inside = finite_in_memory(x + head * x_h + n * x_n, inside, dim, BD)
+    inside = finite_in_memory(y + head * y_h + n * y_n, inside, other, BD)
     tl.store(weights + head * num_pairs + n, tl.where(inside, weight, 0.0), mask=n < num_pairs)
-
-
-@triton.jit
-def finite_part(
-    rows: tensor, stride: tensor, n: tensor, start: tensor, dim: tensor, wanted: tensor, BD: tl.constexpr
-) -> tensor:  # fmt: skip
-    """Whether BD entries of each wanted row are finite."""
-    d = start + tl.arange(0, BD)
-    mask = wanted[:, None] & (d < dim)[None, :]  # [BN, BD]
-    entry = tl.load(rows + n[:, None] * stride + d[None, :], mask=mask, other=0.0)
-    if entry.dtype != tl.float64:
-        entry = entry.to(tl.float32)
-    return tl.min(is_finite(entry).to(tl.int32), axis=1) > 0
 
 
 @triton.jit
@@ -83,8 +70,7 @@ def shift_kernel(
     n = tl.arange(0, BN).to(tl.int64) * step
     inside = n < num_pairs
     if WHOLE:
-        for start in range(0, dim, BD):
-            inside = inside & finite_part(x + head * x_h, x_n, n, start, dim, inside, BD)
+        inside = finite_in_memory(x + head * x_h + n * x_n, inside, dim, BD)
     else:
         inside = tl.load(weights + head * num_pairs + n, mask=inside, other=0.0) > 0
     mask = inside[:, None] & (d < dim)[None, :]  # [BN, BD]
@@ -93,7 +79,7 @@ def shift_kernel(
     mean = tl.sum(entry, axis=0) / count
     deviation = tl.where(mask, entry - mean[None, :], 0.0)
     spread = tl.sqrt(tl.sum(deviation * deviation, axis=0) / count).to(tl.float32)
-    power = ((spread.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = power_above(spread)
     usable = (power > 0) & is_finite(power)
     grid = tl.where(usable, power, 1.0).to(tl.float64) / 16
     rounded = tl.where(usable, tl.floor(mean / grid + 0.5) * grid, mean)

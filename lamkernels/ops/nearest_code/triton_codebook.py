@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.language import tensor
 
 from lamkernels import tuning
-from lamkernels.ops.triton_common import grid_centre, is_finite, product_limit
+from lamkernels.ops.triton_common import finite_in_memory, grid_centre, is_finite, product_limit
 
 CODES_PER_PROGRAM = 16
 
@@ -28,18 +28,6 @@ class ReadyCodebook(NamedTuple):
 
 
 @triton.jit
-def finite_codes(row: tensor, present: tensor, dim: tensor, BK: tl.constexpr, BD: tl.constexpr) -> tensor:
-    """Whether each code [BK] is finite; ``row`` points to their first entries."""
-    finite = present
-    for start in range(0, dim, BD):
-        d = start + tl.arange(0, BD)
-        inside = present[:, None] & (d < dim)[None, :]  # [BK, BD]
-        entry = tl.load(row[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        finite = finite & (tl.min(is_finite(entry).to(tl.int32), axis=1) > 0)
-    return finite
-
-
-@triton.jit
 def code_flags_kernel(
     codebook: tensor, flags: tensor, num_codes: tensor, dim: tensor, stride_h: tensor, stride_k: tensor, tiles: tensor,
     BK: tl.constexpr, BD: tl.constexpr,
@@ -48,7 +36,7 @@ def code_flags_kernel(
     head = (tl.program_id(0) // tiles).to(tl.int64)
     k = (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)
     row = codebook + head * stride_h + k.to(tl.int64) * stride_k
-    finite = finite_codes(row, k < num_codes, dim, BK, BD)
+    finite = finite_in_memory(row, k < num_codes, dim, BD)
     tl.store(flags + head * num_codes + k, finite.to(tl.int8), mask=k < num_codes)
 
 
@@ -96,7 +84,7 @@ def centred_codes_kernel(
     if CENTRE:
         finite = tl.load(flags + head * num_codes + k, mask=k < num_codes, other=0) > 0
     else:
-        finite = finite_codes(row, k < num_codes, dim, BK, BD)
+        finite = finite_in_memory(row, k < num_codes, dim, BD)
     out = (head * padded_codes + k) * padded_dim  # [BK]
     norm = tl.zeros([BK], tl.float64)
     top = tl.zeros([BK], tl.float32)

@@ -21,7 +21,6 @@ from triton.language import tensor
 from lamkernels import tuning
 from lamkernels.ops.code_statistics.triton import Averages, merge_sums, segment_sums
 from lamkernels.ops.constants import NOISE_EPS
-from lamkernels.ops.cosine import unit_rows
 from lamkernels.ops.nearest_code.triton import nearest_code
 from lamkernels.ops.triton_common import (
     Arithmetic,
@@ -42,6 +41,7 @@ from lamkernels.ops.triton_common import (
     unit_inner,
     unit_scales,
 )
+from lamkernels.ops.triton_cosine import unit_rows
 from lamkernels.ops.vector_quantize.triton_backward import vector_quantize_backward
 
 __all__ = ["vector_quantize", "vector_quantize_backward"]
@@ -254,7 +254,7 @@ def quantize_into(
         indices, _ = nearest_code(x, codebook, metric, precision, False)
         out, written = out._replace(indices=indices), out.indices
         part_losses = _quantize_rows(x, codebook, mask, noise, metric, out)
-        unit = unit_rows(x, out.sums.dtype) if metric == "cosine" else x
+        unit = x if metric != "cosine" else unit_rows(x.contiguous(), out.sums.dtype)
         parts, offsets, tiles, segment = segment_sums(unit, codebook, indices, num_codes)
         _merge(parts, offsets, part_losses, codebook, out, tiles, segment, averages)
         if averages is not None:
