@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -84,13 +84,19 @@ def record(target: str, call: Callable[[], object]) -> list[Launch]:
                     aligned.append((i,))
         launches.append(Launch(self, tuple(signature), tuple(constants), tuple(aligned), tuple(options.items())))
 
+    with pretended(target), mock.patch.object(JITFunction, "run", run):
+        call()
+    return launches
+
+
+@contextlib.contextmanager
+def pretended(target: str) -> Iterator[None]:
+    """Launchers choose what they would on ``target``, wherever their tensors are."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(JITFunction, "run", run))
         stack.enter_context(mock.patch.object(tuning, "target_of", lambda device: target))
         for module in (nearest, quantize, statistics, covariances):
             stack.enter_context(mock.patch.object(module, "persistent_programs", lambda device: PROGRAMS))
-        call()
-    return launches
+        yield
 
 
 @functools.cache

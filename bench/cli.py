@@ -120,6 +120,7 @@ def _parser() -> _Parser:
     add("--hard-data", action="store_true", help="instead: which codes each provider gives on data made to mislead it")
     add("--covariance-error", action="store_true", help="instead: errors of covariances against fp64, on the CPU")
     add("--first-call", action="store_true", help="instead: what the first calls on the CPU cost")
+    add("--host-time", action="store_true", help="instead: what eager calls on a GPU take of the host, without a GPU")
     add("--one-pass", action="store_true", help="instead: what the forward costs beyond the lookup on the CPU")
     add("--compat", action="store_true", help="instead: the bottlenecks of LAPA, UniVLA, ..., plain and drop-in forms")
     add("--labelling", action="store_true", help="instead: labels of a data set on the CPU, beside one pair at a time")
@@ -164,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _covariance_error(argv, paths["json"])
     if args.first_call:
         return _first_call(argv, paths["json"])
+    if args.host_time:
+        return _host_time(0.1 if args.quick else args.seconds or 1.0, argv, paths["json"])
     if args.labelling:
         return _labelling(args.quick, argv, paths["json"])
     if args.one_pass:
@@ -264,6 +267,17 @@ def _first_call(argv: Sequence[str], path: Path | None) -> int:
     for name, compiled in seconds["compiled"].items():
         print(f"{name:40}{compiled:10.2f}{seconds['cached'][name]:10.2f}")
     _write(path, argv, {"seconds": seconds})
+    return 0
+
+
+def _host_time(seconds: float, argv: Sequence[str], path: Path | None) -> int:
+    from . import host_time  # needs Triton
+
+    found = host_time.host_times(seconds)
+    print(f"{'µs of the host':42}{'launches':>9}{'call':>8}{'less Triton':>13}")
+    for row in found:
+        print(f"{row.call:42}{row.launches:9}{row.microseconds:8.1f}{row.without_triton:13.1f}")
+    _write(path, argv, {"microseconds": [row._asdict() for row in found]})
     return 0
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamkernels.backend import load_kernel, resolve
+from lamkernels.backend import resolve
 from lamkernels.eager import in_shape, is_plain
-from lamkernels.one_call import gpu_cosine, numba_one_call, plan_one_call, rows_in_groups
+from lamkernels.one_call import gpu_cosine, gpu_learned, numba_one_call, plan_one_call, rows_in_groups
 from lamkernels.ops.code_statistics.op import code_statistics as _code_statistics
 from lamkernels.ops.cosine import unit_or_nan
 from lamkernels.ops.nearest_code.op import nearest_code as _nearest_code
+from lamkernels.ops.vector_quantize.gpu_step import learned_step
 from lamkernels.ops.vector_quantize.op import vector_quantize as _vector_quantize
 from lamkernels.validation import (
     BACKENDS,
@@ -120,12 +121,7 @@ def nearest_code(
     check_option("backend", backend, BACKENDS)
     leading = x.shape[:-1]
     rows, codes, score = _canonical(x.detach(), codebook.detach(), metric, precision, backend)
-    # without a gradient, a call that nothing watches needs no dispatcher
-    kernel = load_kernel("nearest_code", "nearest_code", backend, x.device) if is_plain(x, codebook) else None
-    if kernel is not None:
-        indices, distance = kernel(rows, codes, score, precision, return_distance)
-    else:
-        indices, distance = _nearest_code(rows, codes, score, precision, return_distance, backend)
+    indices, distance = _nearest_code(rows, codes, score, precision, return_distance, backend)
     indices = cast(Tensor, indices.reshape(leading))
     if not return_distance:
         return indices
@@ -252,6 +248,12 @@ def quantize_with_loss(
         )
         return quantized, indices.reshape(-1) if whole_rows and indices.ndim != 1 else indices, loss
     rows = x.reshape(-1, codebook.shape[1]) if whole_rows else x
+    if metric != "cosine" and gradient == "ste" and isinstance(commitment_weight, numbers):
+        kernels = gpu_learned(rows, codebook, backend=backend) if isinstance(codebook_weight, numbers) else None
+        if kernels is not None:
+            weights = commitment_weight, codebook_weight
+            quantized, indices, loss = learned_step(kernels, rows, codebook, metric, precision, weights)
+            return in_shape(quantized, x.shape) if whole_rows else quantized, indices, loss
     out = vector_quantize(rows, codebook, gradient=gradient, metric=metric, precision=precision, backend=backend)
     weighted = out.commitment_loss if commitment_weight == 1 else commitment_weight * out.commitment_loss
     loss = torch.add(weighted, out.codebook_loss, alpha=codebook_weight)

@@ -59,12 +59,29 @@ def gpu_kernels(x: Tensor, *averages: Tensor, backend: Backend) -> Any:
         backend: as for :func:`lamkernels.nearest_code`.
     """
     module = None if torch.compiler.is_compiling() else GPU_STEPS.get(resolve(backend, "cuda"))
-    if module is None or not _updated_in_place(averages, x):
+    if module is None or not x.is_cuda or not _updated_in_place(averages, x):
         return None
     kernels, (codebook, sizes, sums) = load_step(module), averages
     shapes = sums.shape == codebook.shape and sizes.shape == codebook.shape[:1]
     fits = x.ndim > 0 and x.shape[-1] == codebook.shape[1] and kernels.fits(*codebook.shape, x.device)
     return kernels if shapes and fits and x.dtype in kernels.TYPES else None
+
+
+def gpu_learned(x: Tensor, codebook: Tensor, *, backend: Backend) -> Any:
+    """What :func:`lamkernels.ops.vector_quantize.gpu_step.learned_step` takes to step with these; None elsewhere.
+
+    Args:
+        x: (..., D).
+        codebook: (K, D).
+        backend: as for :func:`lamkernels.nearest_code`.
+    """
+    if torch.compiler.is_compiling() or not x.is_cuda or resolve(backend, "cuda") != "triton":
+        return None
+    fits = x.ndim > 0 and codebook.ndim == 2 and x.shape[-1] == codebook.shape[1]
+    if not fits or not _updated_in_place((codebook,), x):
+        return None
+    kernels = load_step(GPU_STEPS["triton"])
+    return kernels if x.dtype in kernels.TYPES else None
 
 
 def gpu_upkeep(*state: Tensor, backend: Backend, rows: Tensor | None = None, mask: Tensor | None = None) -> Any:
@@ -98,9 +115,9 @@ def _may_take_triton(rows: Tensor, backend: Backend) -> bool:
 
 
 def _updated_in_place(state: Sequence[Tensor], *others: Tensor | None) -> bool:
-    """Whether kernels can update the state in place: plain fp32 tensors without gaps, with the others on one GPU."""
-    every = [*state, *(tensor for tensor in others if tensor is not None)]
-    if not is_plain(*every, device="cuda") or any(tensor.device != state[0].device for tensor in every):
+    """Whether kernels can update the state in place: plain fp32 tensors without gaps, with the others on one device."""
+    every, device = [*state, *(tensor for tensor in others if tensor is not None)], state[0].device
+    if not is_plain(*every, device=device.type) or any(tensor.device != device for tensor in every):
         return False
     return all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in state)
 
@@ -135,6 +152,8 @@ def numba_steps() -> Any:
 def rows_in_groups(x: Tensor) -> Tensor:
     """x (H, ..., D) as (H, N, D), or (H, B, N / B, D) where that spares a copy: feature maps with channels first."""
     heads, dim = x.shape[0], x.shape[-1]
+    if x.ndim == 3:
+        return x
     if x.ndim > 3 and not x.is_contiguous():
         axes = [i for i in range(1, x.ndim - 1) if x.shape[i] != 1]
         apart = [j for i, j in pairwise(axes) if x.stride(i) != x.shape[j] * x.stride(j)]

@@ -29,7 +29,7 @@ from lamkernels.ops.lookup_free_quantize import triton as signs
 from lamkernels.ops.nearest_code import triton as nearest
 from lamkernels.ops.vector_quantize import triton as quantize
 from lamkernels.ops.vector_quantize import triton_step
-from lamkernels.ops.vector_quantize.gpu_step import ema_step
+from lamkernels.ops.vector_quantize.gpu_step import ema_step, learned_step
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -71,6 +71,13 @@ def train(rows: int, codes: int, dim: int, dtype: torch.dtype = torch.float32) -
     x, averages = meta(rows, dim, dtype=dtype).requires_grad_(), (meta(codes, dim), meta(codes), meta(codes, dim))
     quantized, _, loss = ema_step(triton_step, x, averages, "default", (0.8, 1e-5), 0.25)
     torch.autograd.grad((quantized, loss), x, (meta(rows, dim, dtype=dtype), meta()))
+
+
+def learn(rows: int, codes: int, dim: int, dtype: torch.dtype = torch.float32) -> None:
+    """A step whose codebook is learned by its gradient."""
+    x, codebook = meta(rows, dim, dtype=dtype).requires_grad_(), meta(codes, dim).requires_grad_()
+    quantized, _, loss = learned_step(triton_step, x, codebook, "l2", "default", (0.25, 1.0))
+    torch.autograd.grad((quantized, loss), (x, codebook), (meta(rows, dim, dtype=dtype), meta()))
 
 
 def keep_up(codes: int, dim: int, dtype: torch.dtype) -> None:
@@ -121,6 +128,7 @@ SHORT: dict[str, Any] = {  # what a change is most likely to break
     "quantise 16 x 128": lambda: quantise(16, 128, SINGLE),
     "rotate 64 x 64": lambda: quantise(64, 64, SINGLE, gradient="rotation"),
     "train 8 x 32": lambda: train(256, 8, 32),
+    "learn 8 x 32": lambda: learn(256, 8, 32),
     "keep up 64 x 16": lambda: keep_up(64, 16, SINGLE),
     "normalise 64 x 32": lambda: normalise(64, 32, SINGLE),
     "substitute 8 x 32, cosine": lambda: quantise(8, 32, SINGLE, metric="cosine", gradient="noise"),
@@ -153,6 +161,9 @@ LONG: dict[str, Any] = {  # every branch of tuning.py
     **{f"train {k} x {d}{name}": functools.partial(train, n, k, d, dtype) for n, k, d, name, dtype in (
         (1024, 64, 16, ", few rows", SINGLE), (65536, 64, 16, "", SINGLE), (65536, 1024, 64, "", SINGLE),
         (65536, 512, 16, ", bf16", HALF), (10**6, 16, 128, "", SINGLE))},
+    **{f"learn {k} x {d}{name}": functools.partial(learn, n, k, d, dtype) for n, k, d, name, dtype in (
+        (1024, 64, 16, ", few rows", SINGLE), (65536, 1024, 64, "", SINGLE), (65536, 512, 16, ", bf16", HALF),
+        (10**6, 16, 128, "", SINGLE))},
     "keep up 1000 x 300, bf16": lambda: keep_up(1000, 300, HALF),
     **{f"normalise 1000 x {d}, {t} to {w}": functools.partial(normalise, 1000, d, t, w)
        for d in (7, 256, 300) for t, w in ((HALF, SINGLE), (SINGLE, DOUBLE))},
@@ -261,7 +272,7 @@ READY = ["centred_codes_kernel", "relative_norms_kernel"]
 
 @pytest.mark.parametrize(("rows", "codes", "dim"), [(256, 8, 32), (1024, 64, 16), (65536, 64, 16)])
 def test_a_training_step_is_three_launches_and_no_operator_of_torch(rows: int, codes: int, dim: int) -> None:
-    assert launches(lambda: train(rows, codes, dim)) == (STEP, [])
+    assert launches(lambda: train(rows, codes, dim)) == launches(lambda: learn(rows, codes, dim)) == (STEP, [])
 
 
 def test_a_covariance_is_three_launches_and_no_operator_of_torch() -> None:
@@ -309,7 +320,9 @@ def test_what_the_module_launches_beside_a_step(monkeypatch: pytest.MonkeyPatch)
         ["unit_rows_kernel", *STEP[:2], "by_row_bwd_kernel"],
         ["add", "clamp"],
     )
-    assert step(update="gradient") == (STEP, ["add", "clamp"])  # of the losses, and of the indices
+    assert step(update="gradient", gradient="rotation") == ([*STEP[:2], "by_row_bwd_kernel"], ["add", "clamp"])
+    monkeypatch.setattr(functional, "gpu_learned", lambda *_, **__: triton_step)
+    assert step(update="gradient", commitment_weight=0.25) == (STEP, [])
     kernels, operators = step(dead_code_threshold=1.0, health=lk.CodebookHealth(8, device="meta"))
     assert kernels == [*averages, "replace_dead_codes_kernel", STEP[2]]
     assert operators == ["clone", "add_", "sum", "ones_like", "stack", "cat", "add_", "clamp"]

@@ -1,4 +1,4 @@
-"""How an operator meets torch: one helper for the schema and kernels, one for vmap."""
+"""How an operator meets torch: one helper for the schema and kernels, one for vmap, and a way past the dispatcher."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from lamkernels.backend import load_kernel
+from lamkernels.eager import apply, is_plain
 
 NAMESPACE = "lamkernels"
+_KERNELS: dict[str, Callable[..., Any]] = {}  # by operator, what runs it,
+_PLAIN_GRADIENTS: dict[str, Any] = {}  # and the autograd function of plain tensors
 _FRAGMENT = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]  # lives as long as the operators do
 
 
-def register(name: str, folder: str, schema: str, fake: Callable[..., Any]) -> Any:
-    """Defines ``lamkernels::<name>`` and returns it.
+def register(name: str, folder: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Defines ``lamkernels::<name>`` and returns a function that calls it, see :func:`_past_the_dispatcher`.
 
     The last argument of every operator is ``str backend``. The kernel is the function ``name`` in
     ``lamkernels/ops/<folder>/<backend>.py``, picked on each call, so that one graph runs wherever it is loaded.
@@ -30,11 +33,31 @@ def register(name: str, folder: str, schema: str, fake: Callable[..., Any]) -> A
         *inputs, backend = args
         return load_kernel(folder, name, backend, inputs[0].device)(*inputs)
 
+    _KERNELS[name] = kernel
     torch.library.impl(qualified, ("CPU", "CUDA"))(kernel)
     torch.library.register_fake(qualified)(lambda *args: fake(*args[:-1]))
     operator = getattr(torch.ops.lamkernels, name)
     torch.library.register_vmap(qualified, _fold_into_heads(operator))
-    return operator
+    return _past_the_dispatcher(name, operator)
+
+
+def _past_the_dispatcher(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+    """What calls the operator or, for plain tensors (see :func:`lamkernels.eager.is_plain`), the kernel.
+
+    At the sizes of latent action models the dispatcher's way to a Python kernel and back costs as much as its launches.
+    """
+
+    def call(*args: Any) -> Any:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if not is_plain(*tensors, device=tensors[0].device.type):
+            return operator(*args)
+        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
+            return _KERNELS[name](*args)
+        gradient = _PLAIN_GRADIENTS.get(name)  # what has none refuses to be differentiated
+        return operator(*args) if gradient is None else apply(gradient, *args)
+
+    call.__name__ = name
+    return call
 
 
 def register_gradient(
@@ -67,6 +90,14 @@ def register_gradient(
         return function.apply(*args, keyset) if differentiable else below(keyset, args)
 
     _FRAGMENT.impl(name, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+
+    def plain_forward(ctx: Any, *args: Any) -> Any:
+        output = _KERNELS[name](*args)
+        setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(plain_forward), "backward": staticmethod(backward)}
+    _PLAIN_GRADIENTS[name] = type(f"{name}_of_plain_tensors", (torch.autograd.Function,), methods)
 
 
 def register_backward(name: str, folder: str, schema: str, fake: Callable[..., Any]) -> Any:

@@ -455,9 +455,14 @@ def rows_in_place(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
     return x, (x.stride(0), x.stride(1), x.shape[2], x.stride(2), entry)
 
 
+NO_CHANGE = contextlib.nullcontext()
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensor."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Triton launches on the current device, which need not be that of the tensor; mostly it is."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return NO_CHANGE
+    return torch.cuda.device(tensor.device)
 
 
 @functools.cache

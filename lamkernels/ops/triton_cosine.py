@@ -122,6 +122,6 @@ def _launch(kernel: Any, rows: Tensor, *others: Tensor) -> None:
     count, tile = rows.numel() // dim, tuning.by_row(tuning.target_of(rows.device), dim)
     if count:
         with on_device(rows):
-            kernel[(triton.cdiv(count, tile.rows),)](
+            kernel[(tuning.ceil_div(count, tile.rows),)](
                 rows, *others, count, dim, tile.rows, tile.dim, **tile.options()
             )  # fmt: skip

@@ -12,6 +12,8 @@ from lamkernels.bench.providers import PROVIDERS
 from lamkernels.bench.report import Row
 from lamkernels.bench.workloads import Workload
 
+import lamkernels as lk
+
 LOOKUP = Workload("custom", "nearest_code", 64, 4, 3)
 SETTINGS = runner.Settings(rounds=2, seconds=0.02, timeout=120)
 
@@ -306,6 +308,21 @@ def test_the_first_call_is_timed(tmp_path, capsys, monkeypatch):
     seconds = json.loads((tmp_path / "first.json").read_text())["seconds"]
     assert all(value > 0 for times in seconds.values() for value in times.values())
     assert "nearest_code" in capsys.readouterr().out
+
+
+def test_the_time_of_the_host_is_measured_without_a_gpu(tmp_path, capsys):
+    pytest.importorskip("triton")
+    assert cli.main(["--host-time", "--quick", "--json", str(tmp_path / "host.json")]) == 0
+    rows = json.loads((tmp_path / "host.json").read_text())["microseconds"]
+    assert {row["call"]: row["launches"] for row in rows if "step" in row["call"]} == {
+        "VectorQuantize, EMA step": 3,
+        "VectorQuantize, gradient step": 3,
+    }
+    assert all(0 < row["without_triton"] < row["microseconds"] for row in rows)
+    assert "less Triton" in capsys.readouterr().out
+    x = torch.randn(20, 4)
+    assert lk.nearest_code(x, x).tolist() == list(range(20))  # everything is as it was
+    assert not lk.available_backends()["triton"].available
 
 
 def test_the_one_pass_forward_is_compared_with_the_lookup(tmp_path, capsys):

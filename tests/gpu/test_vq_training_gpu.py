@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from step_cases import assert_steps_of_the_module
+from step_cases import assert_learned_steps, assert_steps_of_the_module
 
 import lamkernels as lk
 
@@ -20,6 +20,13 @@ def test_steps_move_the_averages_as_torch_would(rows: int, codes: int, dim: int,
     triton_step = pytest.importorskip("lamkernels.ops.vector_quantize.triton_step")
     with torch.device("cuda"):
         assert_steps_of_the_module(triton_step, rows, codes, dim, dtype, atol=1e-6)
+        assert_learned_steps(triton_step, rows, codes, dim, dtype)
+
+
+def test_a_learned_codebook_takes_the_step_of_its_own() -> None:
+    vq = lk.VectorQuantize(16, 64, update="gradient", device="cuda")
+    quantized, _, loss = vq(torch.randn(256, 16, device="cuda", requires_grad=True))
+    assert "LearnedStep" in type(loss.grad_fn).__name__ and loss.grad_fn is quantized.grad_fn
 
 
 def test_two_runs_leave_the_same_bits() -> None:

@@ -9,7 +9,7 @@ import torch
 from contract import HARD_DATA, assert_contract, hard_data
 from contract import scores as exact_scores
 from layout_cases import CASES, LAYOUTS, assert_read_in_place
-from step_cases import assert_steps_of_the_module
+from step_cases import assert_learned_steps, assert_steps_of_the_module
 from torch import Tensor
 from triton_cases import assert_quantized_like, more_hard_data, thrown_out
 
@@ -249,6 +249,12 @@ def test_a_step_with_its_averages_is_that_of_the_module(path: str) -> None:
     for rows, codes, dim, dtype in ((40, 8, 32, torch.float32), (20, 130, 3, torch.bfloat16), (0, 3, 4, torch.float32)):
         assert_steps_of_the_module(triton_step, rows, codes, dim, dtype, 1e-6)
     assert_steps_of_the_module(triton_step, 10, 3, 140, torch.float32, 1e-6)  # several programs for the sums of a code
+
+
+@pytest.mark.parametrize(("codes", "dim"), [(3, 5), (70, 20), (300, 70)], ids=str)  # in one tile, and streamed
+def test_a_learned_codebook_steps_as_in_the_module(codes, dim):
+    for dtype, metric in ((torch.float32, "l2"), (torch.bfloat16, "dot")):
+        assert_learned_steps(triton_step, 40, codes, dim, dtype, metric)
 
 
 def test_two_runs_agree_to_the_last_bit(path: str) -> None:

@@ -114,14 +114,15 @@ def merge_sums_kernel(
     residual_sums: tensor, commitment_loss: tensor, codebook_loss: tensor, rows_in: tensor, sizes_before: tensor,
     cluster_size: tensor, code_sums: tensor, num_codes: tensor, dim: tensor, c_h: tensor, c_k: tensor,
     num_parts: tensor, num_losses: tensor, chunks: tensor, share: tensor, eps: tensor, loss_weight: tensor,
-    SEGMENTS: tl.constexpr, RESIDUAL: tl.constexpr, AVERAGES: tl.constexpr, SEGMENT: tl.constexpr, BP: tl.constexpr,
+    SEGMENTS: tl.constexpr, RESIDUAL: tl.constexpr, WRITES: tl.constexpr, SEGMENT: tl.constexpr, BP: tl.constexpr,
     BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """Adds up the parts of each code in fp64 and in a fixed order; finishes sums, and the losses where there are any.
 
     ``part_counts`` is (H, P, K) int32, or with SEGMENTS (H, K + 1) int64: where the rows of each code start and end.
     ``part_losses`` is (H, L, 2) fp64: Σ(x − q)² and the number of rows. ``num_parts`` is P, or the number of tiles.
-    With AVERAGES the statistics go into the moving averages of the one codebook, and nowhere else.
+    WRITES says what, beside the losses: all "statistics", the "residuals" alone, or the moving "averages" of the one
+    codebook, into which the statistics go.
     """
     head = (tl.program_id(0) // (num_codes * chunks)).to(tl.int64)
     k = ((tl.program_id(0) // chunks) % num_codes).to(tl.int64)
@@ -145,24 +146,24 @@ def merge_sums_kernel(
         total += tl.sum(value.to(tl.float64), axis=0)
         if not SEGMENTS:
             count += tl.sum(tl.load(part_counts + slot, mask=part < high, other=0).to(tl.int64), axis=0)
-    if not AVERAGES:
+    if WRITES == "statistics":
         tl.store(counts + head * num_codes + k, count)
     out = (head * num_codes + k) * dim + d
     if RESIDUAL:  # the sum of the rows of code k is n·c + R, without the cancellation of s − n·c
-        if not AVERAGES:
-            tl.store(residual_sums + out, total.to(sums.dtype.element_ty), mask=d < dim)
+        if WRITES != "averages":
+            tl.store(residual_sums + out, total.to(residual_sums.dtype.element_ty), mask=d < dim)
         # a code that is not finite has no rows, and 0 · NaN would not be 0
         code = tl.load(codebook + head * c_h + k * c_k + d, mask=d < dim, other=0.0).to(tl.float64)
         total += tl.where(count > 0, count.to(tl.float64) * code, 0.0)
         if tl.program_id(0) % (num_codes * chunks) == 0:
             finish_losses(part_losses, commitment_loss, codebook_loss, rows_in, head, dim, num_losses, loss_weight)
-    if AVERAGES:
+    if WRITES == "averages":
         _, rows = summed_losses(part_losses, head, num_losses)
         move_averages(
             codebook + k * c_k, sizes_before, cluster_size, code_sums, count.to(tl.float32), total.to(tl.float32), k, d,
             num_codes, dim, tl.where(rows > 0, share, 0.0), rows, eps,
         )  # fmt: skip
-    else:
+    elif WRITES == "statistics":
         tl.store(sums + out, total.to(sums.dtype.element_ty), mask=d < dim)
 
 
@@ -199,14 +200,13 @@ class Averages(NamedTuple):
     code_sums: Tensor  # (K, D)
     share: float  # 1 − γ
     eps: float
-    loss_weight: float
 
 
 def segment_sums(x: Tensor, codebook: Tensor | None, keys: Tensor, num_codes: int) -> tuple[Tensor, Tensor, int, int]:
     """Sums over runs of sorted rows: parts (H, T + K, D), offsets (H, K + 1) int64, T tiles, and rows of a tile."""
     (heads, rows), dim, target, (x, strides) = keys.shape, x.shape[-1], tuning.target_of(x.device), rows_in_place(x)
     tile = tuning.segments(target, dim, x.dtype)
-    tiles, chunks = triton.cdiv(rows, tile.rows), triton.cdiv(dim, tile.dim)
+    tiles, chunks = tuning.ceil_div(rows, tile.rows), tuning.ceil_div(dim, tile.dim)
     keys, order = torch.sort(keys, dim=-1, stable=True)
     bounds = torch.arange(num_codes + 1, device=x.device).expand(heads, -1)
     offsets = torch.searchsorted(keys, bounds.contiguous())
@@ -233,7 +233,7 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor,
     tile = None if wide == torch.float64 else tuning.resident(target, *sizes)
     with on_device(x):
         if tile is not None:
-            tiles = triton.cdiv(rows, tile.rows)
+            tiles = tuning.ceil_div(rows, tile.rows)
             programs = max(1, min(tiles, persistent_programs(x.device)))
             parts = x.new_empty((heads, programs, num_codes, dim), dtype=wide)
             part_counts = x.new_empty((heads, programs, num_codes), dtype=torch.int32)
@@ -247,7 +247,7 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor,
                 torch.empty_like(indices, memory_format=torch.contiguous_format),
                 tuning.elementwise(target, dim),
             )
-            tiles = triton.cdiv(rows, tile.rows)
+            tiles = tuning.ceil_div(rows, tile.rows)
             if tiles:
                 row_keys_kernel[(heads * tiles,)](
                     x, indices, keys, *sizes, *strides, tiles, tile.rows, tile.dim, **tile.options()
@@ -260,24 +260,23 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor,
 def merge_sums(
     parts: Tensor, part_counts: Tensor, part_losses: Tensor | None, codebook: Tensor | None, counts: Tensor,
     sums: Tensor, residual_sums: Tensor | None, losses: tuple[Tensor, ...], num_parts: int, segment: int,
-    averages: Averages | None = None,
+    averages: Averages | None = None, loss_weight: float = 1.0, writes: str = "statistics",
 ) -> None:  # fmt: skip
     """``losses`` are (commitment_loss, codebook_loss, rows_in) or empty; ``segment`` is 0 for parts (H, P, K, D).
 
-    With ``averages`` these and the codebook are updated instead of what else is given.
+    ``writes`` as of the kernel: with "averages" these and the codebook are updated, and nothing but the losses is
+    written; with "residuals" nothing but ``residual_sums`` and the losses.
     """
     heads, num_codes, dim = sums.shape
     entries = tuning.power(min(dim, 128))
-    chunks = triton.cdiv(dim, entries)
+    chunks = tuning.ceil_div(dim, entries)
     outputs = losses or (sums, sums, sums)  # a kernel argument has to be something
     strides = (0, 0) if codebook is None else codebook.stride()[:2]
-    moved, rates = (sums, sums, sums), (0.0, 0.0, 1.0)
-    if averages is not None:
-        moved, rates = averages[:3], averages[3:]
+    moved, rates = ((sums, sums, sums), (0.0, 0.0)) if averages is None else (averages[:3], averages[3:])
     merge_sums_kernel[(heads * num_codes * chunks,)](
         parts, part_counts, sums if part_losses is None else part_losses, sums if codebook is None else codebook,
         counts, sums, sums if residual_sums is None else residual_sums, *outputs, *moved, num_codes, dim, *strides,
         num_parts, 0 if part_losses is None else part_losses.shape[1], chunks, *rates,
-        segment > 0, codebook is not None, averages is not None, max(segment, 1), 32, entries,
+        loss_weight, segment > 0, codebook is not None, writes, max(segment, 1), 32, entries,
         **tuning.PLAIN.options(),
     )  # fmt: skip

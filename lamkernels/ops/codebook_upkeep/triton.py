@@ -127,7 +127,7 @@ def moving_averages(
         eps: ε of the smoothing.
     """
     (num_codes, dim), entries = codebook.shape, tuning.power(min(codebook.shape[1], 128))
-    chunks = triton.cdiv(dim, entries)
+    chunks = tuning.ceil_div(dim, entries)
     with on_device(codebook):
         moving_averages_kernel[(num_codes * chunks,)](
             counts, sums, codebook, cluster_size.clone(), cluster_size, code_sums, num_codes, dim, chunks, share, eps,

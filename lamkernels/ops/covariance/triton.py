@@ -269,13 +269,13 @@ def plan(x: Tensor, y: Tensor, wide: bool, symmetric: bool) -> Plan:
     target = tuning.target_of(x.device)
     (_, num_pairs, dim), other = x.shape, y.shape[2]
     tile = tuning.products(target, dim, other, wide)
-    down, across = triton.cdiv(dim, tile.dim), triton.cdiv(other, tile.dim)
+    down, across = tuning.ceil_div(dim, tile.dim), tuning.ceil_div(other, tile.dim)
     tiles = across * (across + 1) // 2 if symmetric else down * across
     places = persistent_programs(x.device) * tuning.programs(tile) // tuning.PROGRAMS
-    splits = tuning.splits(tiles, triton.cdiv(num_pairs, FLUSH.value), places)
-    size = triton.cdiv(triton.cdiv(num_pairs, splits), tile.rows) * tile.rows
+    splits = tuning.splits(tiles, tuning.ceil_div(num_pairs, FLUSH.value), places)
+    size = tuning.ceil_div(tuning.ceil_div(num_pairs, splits), tile.rows) * tile.rows
     double = "sum" if target.startswith("gfx") else "ieee"  # fp64 products do not compile in every release for AMD
-    return Plan(tile, double if wide else fp32_product(target), tiles, across, triton.cdiv(num_pairs, size), size)
+    return Plan(tile, double if wide else fp32_product(target), tiles, across, tuning.ceil_div(num_pairs, size), size)
 
 
 def products(left: Side, right: Side, weights: Tensor | None, weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,7 +301,7 @@ def merge_blocks(splits: int, entries: int) -> tuple[int, int, int]:
     """How many programs merge the parts of a scatter, and how many splits and entries one of them reads at a time."""
     at_once = min(tuning.power(splits, 1), 64)
     width = min(MERGED // at_once, 512)
-    return triton.cdiv(entries, width), at_once, width
+    return tuning.ceil_div(entries, width), at_once, width
 
 
 def scatter(
@@ -312,10 +312,10 @@ def scatter(
     Without weights (H, P), and their sum (H, 1), of whole rows, which are checked on the way.
     """
     heads, num_pairs, dim = x.shape
-    shift, strips = x.new_empty((heads, dim), dtype=computed), triton.cdiv(dim, STRIP)
+    shift, strips = x.new_empty((heads, dim), dtype=computed), tuning.ceil_div(dim, STRIP)
     shift_kernel[(heads * strips,)](
         x, shift if weights is None else weights, shift, num_pairs, dim, *x.stride()[:2], strips,
-        triton.cdiv(num_pairs, SAMPLE), weights is None, SAMPLE, STRIP, **tuning.PLAIN.options(),
+        tuning.ceil_div(num_pairs, SAMPLE), weights is None, SAMPLE, STRIP, **tuning.PLAIN.options(),
     )  # fmt: skip
     mean, step = shift.new_empty((2, heads, dim), dtype=torch.float64)
     side = Side(x, shift, step)
@@ -348,7 +348,7 @@ def pair_weights(first: Tensor, second: Tensor, given: Tensor | None) -> Tensor:
     (heads, num_pairs, dim), other = first.shape, second.shape[2]
     weights = first.new_empty((heads, num_pairs), dtype=torch.float64)
     tile = tuning.elementwise(tuning.target_of(first.device), dim)
-    tiles = triton.cdiv(num_pairs, tile.rows)
+    tiles = tuning.ceil_div(num_pairs, tile.rows)
     source = weights if given is None else given
     pair_weights_kernel[(heads * tiles,)](
         first, second, source, weights, num_pairs, dim, other, *first.stride()[:2], *second.stride()[:2],

@@ -94,7 +94,7 @@ def finite_scalar_quantize(x: Tensor, levels: list[int], rounding: int) -> tuple
     thresholds, codes, _, strides = _columns(tuple(levels), rounding, x.dtype, x.device)
     quantized, indices = x.new_empty(x.shape), x.new_empty((heads, rows), dtype=torch.int64)
     tile = tuning.scalars(tuning.target_of(x.device), dim)
-    tiles = triton.cdiv(rows, tile.rows)
+    tiles = tuning.ceil_div(rows, tile.rows)
     if heads * tiles:
         with on_device(x):
             finite_scalar_quantize_fwd_kernel[(heads * tiles,)](
@@ -112,7 +112,7 @@ def finite_scalar_quantize_backward(
     x, (heads, rows, dim) = unit_inner(x), x.shape
     _, _, slopes, _ = _columns(tuple(levels), rounding, x.dtype, x.device)
     grad_x, tile = x.new_empty(x.shape), tuning.scalars(tuning.target_of(x.device), dim)
-    tiles = triton.cdiv(rows, tile.rows)
+    tiles = tuning.ceil_div(rows, tile.rows)
     if heads * tiles:
         with on_device(x):
             finite_scalar_quantize_bwd_kernel[(heads * tiles,)](

@@ -155,7 +155,7 @@ def lookup_free_quantize(
     commitment, entropy = x.new_empty((heads,), dtype=wide), x.new_empty((heads,), dtype=wide)
     rows_in = x.new_empty((heads,), dtype=torch.int64)
     tile = tuning.scalars(tuning.target_of(x.device), dim)
-    tiles = triton.cdiv(rows, tile.rows)
+    tiles = tuning.ceil_div(rows, tile.rows)
     part_losses = x.new_empty((heads, tiles, 3), dtype=torch.float64)
     with on_device(x):
         if heads * tiles:
@@ -180,7 +180,7 @@ def lookup_free_quantize_backward(
     x, (heads, rows, dim) = unit_inner(x), x.shape
     grad = x if grad_quantized is None else grad_quantized
     grad_x, tile = x.new_empty(x.shape), tuning.scalars(tuning.target_of(x.device), dim)
-    tiles = triton.cdiv(rows, tile.rows)
+    tiles = tuning.ceil_div(rows, tile.rows)
     if heads * tiles:
         with on_device(x):
             lookup_free_bwd_kernel[(heads * tiles,)](

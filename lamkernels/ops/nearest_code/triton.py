@@ -244,13 +244,13 @@ def nearest_code(
     with on_device(x):
         if how.exact:
             tile = tuning.exact(target)
-            tiles = triton.cdiv(rows, tile.rows)
+            tiles = tuning.ceil_div(rows, tile.rows)
             nearest_code_exact_kernel[(heads * tiles,)](
                 x, codebook, indices, distance, *sizes, *strides, tiles, metric == "l2", return_distance,
                 tile.rows, tile.codes, **tile.options(),
             )  # fmt: skip
         elif tile is not None:
-            tiles = triton.cdiv(rows, tile.rows)
+            tiles = tuning.ceil_div(rows, tile.rows)
             share = persistent_programs(x.device) * tuning.programs(tile) // tuning.PROGRAMS
             programs = min(tiles, max(1, share))
             nearest_code_resident_kernel[(heads * programs,)](
@@ -272,7 +272,7 @@ def _streamed(
     tile = tuning.streamed(tuning.target_of(x.device), num_codes, dim, product, apart=strides[4] != 1)
     precision = "tf32x3" if how.dot == "split" else how.dot
     ready = ready_codebook(codebook, tile, metric == "l2", how.centre, product)
-    tiles = triton.cdiv(rows, tile.rows)
+    tiles = tuning.ceil_div(rows, tile.rows)
     nearest_code_streamed_kernel[(heads * tiles,)](
         x, codebook, *ready, indices, distance, rows, num_codes, dim, *ready.codes.shape[1:],
         *strides, tiles, metric == "l2", metric == "cosine", how.centre, how.native,

@@ -135,7 +135,7 @@ def relative_norms_kernel(
 def ready_codebook(codebook: Tensor, tile: tuning.Tile, l2: bool, centred: bool, dtype: torch.dtype) -> ReadyCodebook:
     """``codebook`` (H, K, D) ready for tiles of ``tile.codes`` codes and ``tile.dim`` entries, stored as ``dtype``."""
     heads, num_codes, dim = codebook.shape
-    padded = (triton.cdiv(num_codes, tile.codes) * tile.codes, triton.cdiv(dim, tile.dim) * tile.dim)
+    padded = (tuning.ceil_div(num_codes, tile.codes) * tile.codes, tuning.ceil_div(dim, tile.dim) * tile.dim)
     codes = codebook.new_empty((heads, *padded), dtype=dtype)
     centre = codebook.new_empty((heads, padded[1]), dtype=torch.float32)
     half_norm, largest = codebook.new_empty((2, heads, padded[0]), dtype=torch.float32)
@@ -144,9 +144,9 @@ def ready_codebook(codebook: Tensor, tile: tuning.Tile, l2: bool, centred: bool,
     flags = codebook.new_empty((heads, num_codes if centred else 0), dtype=torch.int8)
     strides, per, plain = codebook.stride()[:2], CODES_PER_PROGRAM, tuning.PLAIN.options()
     if centred:
-        tiles = triton.cdiv(num_codes, per)
+        tiles = tuning.ceil_div(num_codes, per)
         code_flags_kernel[(heads * tiles,)](codebook, flags, num_codes, dim, *strides, tiles, per, tile.dim, **plain)
-        tiles = triton.cdiv(padded[1], 16)
+        tiles = tuning.ceil_div(padded[1], 16)
         column_centre_kernel[(heads * tiles,)](
             codebook, flags, centre, num_codes, dim, padded[1], *strides, tiles, 128, 16, **plain
         )

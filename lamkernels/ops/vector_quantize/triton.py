@@ -54,14 +54,15 @@ def vector_quantize_fwd_kernel(
     x: tensor, codebook: tensor, mask: tensor, quantized: tensor, indices: tensor, parts: tensor, part_counts: tensor,
     part_losses: tensor, noise: tensor, codes: tensor, sizes_before: tensor, cluster_size: tensor, num_rows: tensor,
     num_codes: tensor, dim: tl.constexpr, x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, c_h: tensor,
-    c_k: tensor, m_h: tensor, m_n: tensor, tiles: tensor, programs: tensor,
+    c_k: tensor, m_h: tensor, m_n: tensor, tiles: tensor, programs: tensor, lowest: tensor,
     L2: tl.constexpr, COSINE: tl.constexpr, NOISE: tl.constexpr, CENTRE: tl.constexpr, NATIVE: tl.constexpr,
     DOT: tl.constexpr, SUM_DOT: tl.constexpr, MASK: tl.constexpr, AVERAGES: tl.constexpr, AHEAD: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """Lookup, output, and per program: residual sums (H, P, K, D), counts (H, P, K), loss and rows (H, P, 2).
 
-    With AVERAGES, for the merge that updates them, also a copy of their sizes; a row that is not finite gets index 0.
+    With AVERAGES, for the merge that updates them, also a copy of their sizes. A row that is not finite or not in gets
+    the index ``lowest``, −1 or 0.
     """
     head = (tl.program_id(0) // programs).to(tl.int64)
     codebook += head * c_h
@@ -93,10 +94,7 @@ def vector_quantize_fwd_kernel(
             scanned, _ = scan_exactly(rows, x_d, again, codebook, c_k, num_codes, dim, L2, BN, 16)
             index = tl.where(again, scanned, index)
         index = tl.where(kept, index, -1)
-        found = index.to(tl.int64)
-        if AVERAGES:
-            found = tl.maximum(found, 0)
-        tl.store(indices + head * num_rows + row, found, mask=present)
+        tl.store(indices + head * num_rows + row, tl.maximum(index, lowest).to(tl.int64), mask=present)
         inside = (index >= 0)[:, None] & (d < dim)[None, :]
         source = codebook + index.to(tl.int64)[:, None] * c_k + d[None, :]
         chosen = tl.load(source, mask=inside, other=float("nan")).to(tl.float32)
@@ -233,31 +231,39 @@ def vector_quantize(
     return quantize_into(outputs, x, codebook, mask, noise, metric, precision)
 
 
+class Writing(NamedTuple):
+    """What a forward writes beside rows, indices, losses and their number; ``writes`` as of merge_sums_kernel."""
+
+    writes: str = "statistics"
+    averages: Averages | None = None
+    loss_weight: float = 1.0
+    lowest: int = -1  # the index of a row that is not finite; 0 is written to the indices that were given
+
+
+STATISTICS = Writing()
+
+
 def quantize_into(
     out: Outputs, x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, precision: str,
-    averages: Averages | None = None,
+    how: Writing = STATISTICS,
 ) -> Outputs:  # fmt: skip
-    """Writes to ``out`` and returns it, with other indices where the codebook does not fit one tile.
-
-    With ``averages`` these and the codebook are updated by the statistics, and nothing but rows, indices, losses and
-    their number is written, all to ``out``, with index 0 for a row that is not finite.
-    """
+    """Writes to ``out`` and returns it, with other indices where the codebook does not fit one tile."""
     (_, rows, dim), num_codes, target = out.quantized.shape, codebook.shape[1], tuning.target_of(x.device)
-    how = arithmetic(x, codebook, metric, precision, target)
-    tile = None if how.exact else tuning.resident(target, rows, num_codes, dim, dim > 1 and x.stride(-1) != 1)
+    computed = arithmetic(x, codebook, metric, precision, target)
+    tile = None if computed.exact else tuning.resident(target, rows, num_codes, dim, dim > 1 and x.stride(-1) != 1)
     with on_device(x):
         if tile is not None:
-            _fused(x, codebook, mask, noise, metric, how, tile, out, averages)
+            _fused(x, codebook, mask, noise, metric, computed, tile, out, how)
             return out
-        if averages is not None:
-            averages.sizes_before.copy_(averages.cluster_size)
+        if how.averages is not None:
+            how.averages.sizes_before.copy_(how.averages.cluster_size)
         indices, _ = nearest_code(x, codebook, metric, precision, False)
         out, written = out._replace(indices=indices), out.indices
         part_losses = _quantize_rows(x, codebook, mask, noise, metric, out)
         unit = x if metric != "cosine" else unit_rows(x.contiguous(), out.sums.dtype)
         parts, offsets, tiles, segment = segment_sums(unit, codebook, indices, num_codes)
-        _merge(parts, offsets, part_losses, codebook, out, tiles, segment, averages)
-        if averages is not None:
+        _merge(parts, offsets, part_losses, codebook, out, tiles, segment, how)
+        if how.lowest == 0:
             torch.clamp(indices, min=0, out=written)
         return out
 
@@ -278,35 +284,36 @@ class Outputs(NamedTuple):
 
 def _merge(
     parts: Tensor, counts: Tensor, losses: Tensor, codebook: Tensor, out: Outputs, tiles: int, segment: int,
-    averages: Averages | None = None,
+    how: Writing,
 ) -> None:  # fmt: skip
     scalars = (out.commitment_loss, out.codebook_loss, out.num_rows)
     merge_sums(
-        parts, counts, losses, codebook, out.counts, out.sums, out.residual_sums, scalars, tiles, segment, averages
-    )
+        parts, counts, losses, codebook, out.counts, out.sums, out.residual_sums, scalars, tiles, segment,
+        how.averages, how.loss_weight, how.writes,
+    )  # fmt: skip
 
 
 def _fused(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, how: Arithmetic,
-    tile: tuning.Tile, out: Outputs, averages: Averages | None = None,
+    x: Tensor, codebook: Tensor, mask: Tensor | None, noise: Tensor | None, metric: str, computed: Arithmetic,
+    tile: tuning.Tile, out: Outputs, how: Writing,
 ) -> None:  # fmt: skip
     (heads, rows, dim), num_codes, (x, strides) = out.quantized.shape, codebook.shape[1], rows_in_place(x)
-    target, tiles = tuning.target_of(x.device), triton.cdiv(rows, tile.rows)
+    target, tiles = tuning.target_of(x.device), tuning.ceil_div(rows, tile.rows)
+    sizes = (out.sums, out.sums) if how.averages is None else how.averages[:2]
     ahead = tuning.loads_ahead(target) and metric == "l2" and strides[-1] == 1  # else registers are too few
     # enough programs that none sums more than so many rows in fp32
-    programs = max(1, min(tiles, max(persistent_programs(x.device), triton.cdiv(rows, tuning.ROWS_PER_SUM))))
+    programs = max(1, min(tiles, max(persistent_programs(x.device), tuning.ceil_div(rows, tuning.ROWS_PER_SUM))))
     parts = x.new_empty((heads, programs, num_codes, dim), dtype=torch.float32)
     part_counts = x.new_empty((heads, programs, num_codes), dtype=torch.int32)
     part_losses = x.new_empty((heads, programs, 2), dtype=torch.float64)
     vector_quantize_fwd_kernel[(heads * programs,)](
         x, codebook, out.indices if mask is None else mask, out.quantized, out.indices, parts, part_counts, part_losses,
-        x if noise is None else noise, out.codes, *((out.sums, out.sums) if averages is None else averages[:2]), rows,
-        num_codes, dim, *strides, *codebook.stride()[:2],
-        *((0, 0) if mask is None else mask.stride()), tiles, programs, metric == "l2", metric == "cosine",
-        noise is not None, how.centre, how.native, how.dot, fp32_product(target), mask is not None,
-        averages is not None, ahead, tile.rows, tile.codes, tile.dim, **tile.options(),
+        x if noise is None else noise, out.codes, *sizes, rows, num_codes, dim, *strides, *codebook.stride()[:2],
+        *((0, 0) if mask is None else mask.stride()), tiles, programs, how.lowest, metric == "l2",
+        metric == "cosine", noise is not None, computed.centre, computed.native, computed.dot, fp32_product(target),
+        mask is not None, how.averages is not None, ahead, tile.rows, tile.codes, tile.dim, **tile.options(),
     )  # fmt: skip
-    _merge(parts, part_counts, part_losses, codebook, out, programs, 0, averages)
+    _merge(parts, part_counts, part_losses, codebook, out, programs, 0, how)
 
 
 def _quantize_rows(
@@ -315,7 +322,7 @@ def _quantize_rows(
     heads, rows, dim = out.quantized.shape
     tile = (tuning.elementwise if noise is None else tuning.by_row)(tuning.target_of(x.device), dim)
     x, strides = rows_in_place(x)
-    tiles = triton.cdiv(rows, tile.rows)
+    tiles = tuning.ceil_div(rows, tile.rows)
     part_losses = x.new_empty((heads, tiles, 2), dtype=torch.float64)
     if heads * tiles:
         quantize_rows_kernel[(heads * tiles,)](

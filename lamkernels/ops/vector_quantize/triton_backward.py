@@ -23,12 +23,13 @@ def vector_quantize_bwd_kernel(
     grad_commitment: tensor, grad_codebook_loss: tensor, grad_x: tensor, grad_codebook: tensor, num_rows: tensor,
     code_entries: tensor, dim: tensor, x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, g_h: tensor,
     g_n: tensor, g_d: tensor, commitment_h: tensor, codebook_h: tensor, tiles: tensor, chunks: tensor,
-    row_programs: tensor, code_tiles: tensor, loss_weight: tensor,
+    row_programs: tensor, code_tiles: tensor, commitment_weight: tensor,
+    codebook_weight: tensor,
     GRAD: tl.constexpr, BY_CODE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """The first ``row_programs`` programs write grad_x, the others grad_codebook.
 
-    With BY_CODE a row is in unless its code is NaN.
+    With BY_CODE a row is in unless its code is NaN. The weights multiply the gradients of the losses.
     """
     wide = residual_sums.dtype.element_ty
     program = tl.program_id(0)
@@ -46,7 +47,7 @@ def vector_quantize_bwd_kernel(
             used = inside & (index >= 0)[:, None]
             code = tl.load(quantized + place, mask=used, other=0.0).to(wide)
         count = tl.maximum(tl.load(rows_in + head) * dim, 1).to(tl.float64)
-        scale = (tl.load(grad_commitment + head * commitment_h) * loss_weight).to(tl.float64) * (2.0 / count)
+        scale = (tl.load(grad_commitment + head * commitment_h) * commitment_weight).to(tl.float64) * (2.0 / count)
         rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
         entry = tl.load(rows[:, None] + d[None, :] * x_d, mask=used, other=0.0).to(wide)
         grad = (entry - code) * scale.to(wide)
@@ -57,22 +58,22 @@ def vector_quantize_bwd_kernel(
     else:
         scale_residual_sums(
             program - row_programs, residual_sums, rows_in, grad_codebook_loss, grad_codebook, code_entries, dim,
-            codebook_h, code_tiles, BN * BD,
+            codebook_h, code_tiles, codebook_weight, BN * BD,
         )  # fmt: skip
 
 
 @triton.jit
 def scale_residual_sums(
     program: tensor, residual_sums: tensor, rows_in: tensor, grad_codebook_loss: tensor, grad_codebook: tensor,
-    code_entries: tensor, dim: tensor, codebook_h: tensor, code_tiles: tensor,
+    code_entries: tensor, dim: tensor, codebook_h: tensor, code_tiles: tensor, weight: tensor,
     B: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The codebook gradient −2 R / (n·D), ``B`` entries a program."""
+    """The codebook gradient −2 R / (n·D) · weight, ``B`` entries a program."""
     head = (program // code_tiles).to(tl.int64)
     flat = (program % code_tiles).to(tl.int64) * B + tl.arange(0, B)
     target = head * code_entries + flat
     rows = tl.maximum(tl.load(rows_in + head) * dim, 1).to(tl.float64)
-    scale = tl.load(grad_codebook_loss + head * codebook_h).to(tl.float64) * (-2.0 / rows)
+    scale = (tl.load(grad_codebook_loss + head * codebook_h) * weight).to(tl.float64) * (-2.0 / rows)
     total = tl.load(residual_sums + target, mask=flat < code_entries, other=0.0)
     tl.store(grad_codebook + target, total * scale.to(total.dtype), mask=flat < code_entries)
 
@@ -184,7 +185,7 @@ def by_row_bwd_kernel(
     else:
         scale_residual_sums(
             program - row_programs, residual_sums, rows_in, grad_codebook_loss, grad_codebook, code_entries, dim,
-            codebook_h, code_tiles, BN * BD,
+            codebook_h, code_tiles, 1.0, BN * BD,
         )  # fmt: skip
 
 
@@ -203,8 +204,8 @@ def vector_quantize_backward(
     pull = None if noise is None else residual_sums.new_empty(codes.shape)
     by_row = rotation or noise is not None or metric == "cosine"
     tile = (tuning.by_row if by_row else tuning.elementwise)(tuning.target_of(x.device), dim)
-    tiles, chunks = triton.cdiv(rows, tile.rows), 1 if by_row else triton.cdiv(dim, tile.dim)
-    code_tiles = triton.cdiv(num_codes * dim, tile.rows * tile.dim)
+    tiles, chunks = tuning.ceil_div(rows, tile.rows), 1 if by_row else tuning.ceil_div(dim, tile.dim)
+    code_tiles = tuning.ceil_div(num_codes * dim, tile.rows * tile.dim)
     row_programs = heads * tiles * chunks
     arguments = (
         x, codes.contiguous(), indices.contiguous(), residual_sums.contiguous(), num_rows.contiguous(),
@@ -222,7 +223,7 @@ def vector_quantize_backward(
                 metric == "cosine", *shape, **tile.options(),
             )  # fmt: skip
         else:
-            vector_quantize_bwd_kernel[grid](*arguments, 1.0, shape[0], False, *shape[1:], **tile.options())
+            vector_quantize_bwd_kernel[grid](*arguments, 1.0, 1.0, shape[0], False, *shape[1:], **tile.options())
         if pull is not None:
             grad_codebook -= code_statistics(pull, indices, num_codes)[1]
     return grad_x, grad_codebook
