@@ -43,12 +43,15 @@ TYPES = {
 
 
 class Launch(NamedTuple):
-    """A kernel with everything that decides its code; ``constants`` and ``aligned`` name arguments by place."""
+    """A kernel with everything that decides its code.
+
+    By the place of an argument: constants, and whether a pointer or an integer is ``aligned`` to 16.
+    """
 
     kernel: JITFunction
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[tuple[int], Any], ...]
-    aligned: tuple[tuple[int], ...]
+    aligned: tuple[tuple[tuple[int], bool], ...]
     options: tuple[tuple[str, int], ...]
 
 
@@ -72,7 +75,7 @@ def record(target: str, call: Callable[[], object]) -> list[Launch]:
                 constants.append(((i,), arg))
             elif isinstance(arg, torch.Tensor):
                 signature.append((param.name, "*" + TYPES[arg.dtype]))
-                aligned.append((i,))
+                aligned.append(((i,), True))
             elif type(arg) is int and arg == 1:  # as the runtime does
                 signature.append((param.name, "constexpr"))
                 constants.append(((i,), arg))
@@ -80,8 +83,7 @@ def record(target: str, call: Callable[[], object]) -> list[Launch]:
                 signature.append((param.name, "fp32"))
             else:
                 signature.append((param.name, "i64" if arg >= 2**31 else "i32"))
-                if arg % 16 == 0:
-                    aligned.append((i,))
+                aligned.append(((i,), arg % 16 == 0))
         launches.append(Launch(self, tuple(signature), tuple(constants), tuple(aligned), tuple(options.items())))
 
     with pretended(target), mock.patch.object(JITFunction, "run", run):
@@ -106,7 +108,7 @@ def build(launch: Launch, target: str) -> Any:
         launch.kernel,
         dict(launch.signature),
         constexprs=dict(launch.constants),
-        attrs={place: [["tt.divisibility", 16]] for place in launch.aligned},
+        attrs={place: [["tt.divisibility", 16]] if yes else [] for place, yes in launch.aligned},  # as the runtime does
     )
     kind, _, number = target.partition("_")
     gpu = GPUTarget("cuda", int(number), 32) if kind == "sm" else GPUTarget("hip", target, 64)

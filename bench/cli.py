@@ -110,7 +110,8 @@ def _parser() -> _Parser:
     add("--seconds", type=_positive("--seconds", float), help="of sampling in each turn (1)")
     add("--timeout", type=_positive("--timeout", float), default=600.0, help="seconds to wait for one answer (600)")
     add("--quick", action="store_true", help="2 rounds of 0.2 seconds")
-    add("--json", type=Path, metavar="PATH", help="write all rows and the context")
+    add("--json", type=Path, metavar="PATH", help="write all rows and the context, after each workload")
+    add("--resume", action="store_true", help="keep what --json has of this commit and machine, and run the others")
     add("--csv", type=Path, metavar="PATH", help="write all rows in fixed columns")
     add("--plot", type=Path, metavar="PATH", help="write bars per workload (png, svg or pdf)")
     add("--out", type=Path, metavar="DIR", help="write bench.json, bench.csv and bench.png there")
@@ -187,16 +188,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         timeout=args.timeout,
     )
     about = report.context(device, argv)
+    rows = report.kept(paths["json"], about) if args.resume and paths["json"] else []
+    done = {report.workload_of(row) for row in rows}
+    workloads = tuple(workload for workload in workloads if (workload.suite, workload.name) not in done)
     print(
         f"{about['hardware']}, {settings.threads} threads, torch {about['torch']}, {settings.rounds} rounds", end="\n\n"
     )
-    rows: list[report.Row] = []
     interrupted = False
     try:
         for group in run(workloads, args.providers, settings):
             rows += group
             if group:
                 print(report.table(group), end="\n\n", flush=True)
+                if paths["json"]:
+                    report.write_json(paths["json"], rows, about)
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted: what follows covers the workloads above", file=sys.stderr)

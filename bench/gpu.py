@@ -83,7 +83,7 @@ def parts(out: Path) -> tuple[Part, ...]:
         files = [f"--json={out / name / 'bench.json'}", f"--csv={out / name / 'bench.csv'}"]
         if importlib.util.find_spec("matplotlib") is not None:
             files.append(f"--plot={out / name / 'bench.png'}")
-        fixed = ("--device=cuda", f"--providers={PROVIDERS}", "--rounds=2", "--seconds=0.15", "--timeout=60")
+        fixed = ("--device=cuda", f"--providers={PROVIDERS}", "--rounds=2", "--seconds=0.1", "--timeout=60", "--resume")
         return Part(name, seconds, (sys.executable, "-m", package, *options, *fixed, *files))
 
     def alone(name: str, seconds: float, option: str, more: str = "--quick") -> Part:
@@ -94,27 +94,27 @@ def parts(out: Path) -> tuple[Part, ...]:
         watch = ("compute-sanitizer", f"--tool={tool}", "--target-processes=application-only", "--error-exitcode=3")
         cases = (sys.executable, "-m", f"{package}.small_cases", "--device=cuda")
         own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return Part(tool, 120, (*watch, *cases), "compute-sanitizer", own, shares=True)
+        return Part(tool, 100, (*watch, *cases), "compute-sanitizer", own, shares=True)
 
     junit = f"--junitxml={out / 'tests' / 'junit.xml'}"
     workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2))  # most of their time is Triton's compiler
     several = ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
     tests = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *several, junit, "tests/gpu")
     return (
-        Part("warm", 45, (sys.executable, "-m", f"{package}.warm", "--device=cuda"), "", ALONE),
-        Part("tests", 120, tests, "pytest", ALONE, shares=True),
+        Part("warm", 50, (sys.executable, "-m", f"{package}.warm", "--device=cuda"), "", ALONE),
+        Part("tests", 100, tests, "pytest", ALONE, shares=True),
         sanitized("memcheck"),
         sanitized("racecheck"),
-        suite("train_step", 65, "--suite=lam,tokenizer", "--op=train_step"),
+        suite("train_step", 60, "--suite=lam,tokenizer", "--op=train_step"),
         suite("targets", 65, "--suite=targets", "--op=nearest_code,vector_quantize"),
         alone("tune", 30, "--tune"),
         suite("nearest_code", 40, "--suite=lam,tokenizer", "--op=nearest_code"),
-        suite("vector_quantize", 30, "--suite=lam,tokenizer", "--op=vector_quantize,code_statistics"),
+        suite("vector_quantize", 45, "--suite=lam,tokenizer", "--op=vector_quantize,code_statistics"),
         suite("covariance", 45, "--suite=targets,moments", "--op=covariance"),
-        suite("memory", 15, "--suite=memory"),
+        suite("memory", 30, "--suite=memory"),
         alone("compat", 15, "--compat"),
-        alone("lapa", 30, "--profile=lapa", "--seconds=0.3"),
-        alone("univla", 30, "--profile=univla", "--seconds=0.3"),
+        alone("lapa", 25, "--profile=lapa", "--seconds=0.3"),
+        alone("univla", 25, "--profile=univla", "--seconds=0.3"),
     )
 
 
@@ -179,6 +179,8 @@ def run(
                 elif reason := part.absent():
                     states[part.name] = _record(part, "absent", 0.0, reason, out, commit)
                 else:
+                    if again:  # else a suite keeps the workloads that it has
+                        (out / part.name / "bench.json").unlink(missing_ok=True)
                     running.append(_start(part, min(part.seconds, left), commit, out / part.name / SAID, stack))
             while running:
                 for job in [job for job in running if job.over()]:

@@ -6,11 +6,10 @@ import importlib.util
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .report import Row, mismatch, replace_file, short, summary, title, write_plot
+from .report import Row, mismatch, replace_file, rows_of, short, summary, title, write_plot
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HEAD = """# Benchmarks
@@ -51,8 +50,8 @@ def write(path: Path, results: Path = RESULTS) -> list[Path]:
     if importlib.util.find_spec("matplotlib") is not None:
         for found in sorted(results.glob("*/**/*.json")):
             content, plot = _load(found), found.with_suffix(".png")
-            if _rows(content) and not plot.exists():
-                write_plot(plot, _rows(content), content["context"])
+            if rows_of(content) and not plot.exists():
+                write_plot(plot, rows_of(content), content["context"])
                 drawn.append(plot)
     replace_file(path, render(results, path.parent.resolve()).encode())
     return drawn
@@ -66,14 +65,15 @@ class _Device:
         self.files = {path: _load(path) for path in sorted(folder.rglob("*.json"))}
         about = [content["context"] for content in self.files.values() if "context" in content]
         self.hardware = about[0]["hardware"] if about else folder.name
-        self.gpu = any(context.get("device") == "cuda" for context in about)
+        measured = [content for content in self.files.values() if rows_of(content)]
+        self.gpu = any(content["context"].get("device") == "cuda" for content in measured)
 
     def section(self) -> str:
-        measured = {path: content for path, content in self.files.items() if _rows(content)}
+        measured = {path: content for path, content in self.files.items() if rows_of(content)}
         lines = [f"## {self.hardware}", ""]
         for path, content in measured.items():
             lines += [f"### {path.parent.relative_to(self.folder)}", "", *self._about(path, content), ""]
-            lines += [*_table(_rows(content)), ""]
+            lines += [*_table(rows_of(content)), ""]
         others = [path for path in self.files if path not in measured]
         if others:
             lines += ["### Other results", "", "| result | command | commit | date |", "|---|---|---|---|"]
@@ -88,7 +88,7 @@ class _Device:
         return "\n".join(lines)
 
     def _about(self, path: Path, content: dict[str, Any]) -> list[str]:
-        context, rows = content["context"], _rows(content)
+        context, rows = content["context"], rows_of(content)
         kinds = {".json": "JSON", ".csv": "CSV", ".png": "plot"}
         links = [
             self._link(kind, path.with_suffix(end)) for end, kind in kinds.items() if path.with_suffix(end).exists()
@@ -112,12 +112,6 @@ class _Device:
 def _load(path: Path) -> dict[str, Any]:
     content = json.loads(path.read_text())
     return content if isinstance(content, dict) else {}
-
-
-def _rows(content: dict[str, Any]) -> list[Row]:
-    """The rows of a run of workloads; a field that a later version added is left at its default."""
-    known = {field.name for field in fields(Row)}
-    return [Row(**{name: cell for name, cell in row.items() if name in known}) for row in content.get("rows", ())]
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

@@ -47,6 +47,7 @@ class Provider:
         devices: where it runs.
         dtypes: what it takes.
         score_matrices: how many N×K matrices of fp32 it holds at a time; it is not started where they do not fit.
+        blocked: ops in which it holds blocks of such a matrix alone.
         refuses: why it does not take a workload, or "".
     """
 
@@ -58,6 +59,7 @@ class Provider:
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = DTYPES
     score_matrices: float = 0.0
+    blocked: tuple[str, ...] = ()
     refuses: Callable[[Workload], str] = lambda workload: ""
 
     def absent(self, device: str) -> str:
@@ -74,6 +76,10 @@ class Provider:
             except ValueError:
                 return f"runs on {status.reason} only"
         return "" if device in self.devices else f"runs on {', '.join(self.devices)} only"
+
+    def score_bytes(self, workload: Workload) -> float:
+        """Of the N×K matrices that it holds."""
+        return 0 if workload.op in self.blocked else self.score_matrices * workload.score_matrix_bytes
 
     def version(self) -> str:
         """The installed version of its package, or ""."""
@@ -472,7 +478,9 @@ PROVIDERS: dict[str, Provider] = {
         Provider("harness", "floor", {"train_step": _harness}, "torch", "torch"),
         Provider("eager", "peer", _torch(compiled=False) | {"covariance": covariances.eager}, "torch", "torch"),
         Provider("cdist", "peer", {"nearest_code": _cdist}, "torch", "torch", dtypes=FP32, score_matrices=2),
-        Provider("compile", "peer", _torch(compiled=True), "torch", "torch", score_matrices=2),
+        Provider(
+            "compile", "peer", _torch(compiled=True), "torch", "torch", score_matrices=2, blocked=("nearest_code",)
+        ),
         Provider(
             "vqp",
             "peer",

@@ -294,6 +294,31 @@ def write_plot(path: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
     replace_file(path, image.getvalue())
 
 
+def rows_of(content: dict[str, Any]) -> list[Row]:
+    """The rows of what :func:`write_json` wrote; a field that a later version added is left at its default."""
+    known = {field.name for field in fields(Row)}
+    return [Row(**{name: cell for name, cell in row.items() if name in known}) for row in content.get("rows", ())]
+
+
+def kept(path: Path, about: dict[str, Any]) -> list[Row]:
+    """The rows of an earlier run on the same machine and commit, but for workloads in which one of ours failed."""
+    try:
+        content = json.loads(path.read_text())
+        same = all(content["context"][name] == about[name] for name in ("device", "hardware", "torch", "commit"))
+    except (OSError, ValueError, KeyError):  # none yet, or of another kind
+        return []
+    if not same or not about["commit"] or about["commit"].endswith("-dirty"):
+        return []
+    rows = rows_of(content)
+    failed = {workload_of(row) for row in rows if row.kind == "ours" and row.status in ("error", "wrong")}
+    return [row for row in rows if workload_of(row) not in failed]
+
+
+def workload_of(row: Row) -> tuple[str, str]:
+    """The suite and the name of a row's workload."""
+    return row.suite, f"{row.op} N={row.N} K={row.K} D={row.D} {row.dtype}"
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Writes under another name and renames: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from .report import Row, rank
 from .workloads import Workload
 
 LONG = 20  # times the seconds of a turn: who takes longer on a GPU, where times do not wander, has one turn
-PAUSE = 0.1  # seconds between turns, in which the threads of the last provider stop spinning
+PAUSE = 0.1  # seconds between turns on a CPU, in which the threads of the last provider stop spinning
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -182,9 +182,9 @@ def _in_turns(
         for contestant in contestants[shift:] + contestants[:shift]:
             if contestant.row.status or contestant.long:
                 continue
-            time.sleep(PAUSE)
+            time.sleep(PAUSE if settings.device == "cpu" else 0.0)
             begin = time.monotonic()
-            answer = contestant.process.ask("time", seconds=settings.seconds)
+            answer = contestant.process.ask("time", seconds=settings.seconds, graph=turn == 0)  # replays do not wander
             if answer.get("error"):
                 contestant.row.status, contestant.row.note = "error", answer["error"]
                 continue
@@ -201,19 +201,20 @@ def _in_turns(
 
 
 def _memory(
-    workload: Workload, providers: Sequence[Provider], processes: dict[str, ProviderProcess], settings: Settings
+    workload: Workload, providers: Sequence[Provider], _: dict[str, ProviderProcess], settings: Settings
 ) -> list[Row]:
-    rows = []
-    for provider in providers:
-        row = _new_row(workload, provider, settings)
-        rows.append(row)
+    rows = [_new_row(workload, provider, settings) for provider in providers]
+    processes = {row.provider: ProviderProcess(row.provider, settings) for row in rows if not row.status}
+    if settings.device == "cuda":  # their imports overlap; what one allocates is not counted with another
+        for process in processes.values():
+            process.start()
+    for row in rows:
         if row.status:
             continue
-        process = ProviderProcess(provider.name, settings)
         try:
-            answer = process.ask("memory", workload=asdict(workload))
+            answer = processes[row.provider].ask("memory", workload=asdict(workload))
         finally:
-            process.close()
+            processes[row.provider].close()
         _take_check(row, answer)
         if not row.status:
             row.status = "ok"
@@ -242,7 +243,7 @@ def _new_row(workload: Workload, provider: Provider, settings: Settings) -> Row:
     if not reason and workload.dtype not in provider.dtypes:
         reason = f"takes {', '.join(provider.dtypes)} only"
     reason = reason or provider.refuses(workload)
-    needed, free = provider.score_matrices * workload.score_matrix_bytes, _free_memory(settings.device)
+    needed, free = provider.score_bytes(workload), _free_memory(settings.device)
     if reason:
         row.status, row.note = "absent", reason
     elif free is not None and needed > 0.8 * free:

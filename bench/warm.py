@@ -45,7 +45,7 @@ def tasks(device: str) -> list[Task]:
                 if workload.op in provider.prepare
                 and workload.dtype in provider.dtypes
                 and not provider.refuses(workload)
-                and provider.score_matrices * workload.score_matrix_bytes <= SCORES
+                and provider.score_bytes(workload) <= SCORES
             ]
     return found
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lamkernels.graphs import renew_generator
+from lamkernels.graphs import clean_up
 
 from .check import check
 from .peaks import Peaks, measure_peaks
@@ -57,15 +57,15 @@ class Session:
             self.drop()
         return {**verdict._asdict(), **self.peaks[kind]._asdict()}
 
-    def time(self, seconds: float) -> dict[str, Any]:
-        """Samples for about this long: the time of each call in ms, and on a GPU also wall and graph times."""
+    def time(self, seconds: float, graph: bool) -> dict[str, Any]:
+        """Samples for about this long: the time of each call in ms; on a GPU also wall and, if asked, graph times."""
         assert self.call is not None
         if self.device == "cpu":
             return {"samples": _sample_cpu(self.call, self.buffers, seconds)}
         return {
             "samples": _sample_gpu(self.call, self.buffers, seconds),
             "wall": median(_sample_cpu(self.call, self.buffers, seconds / 2, torch.cuda.synchronize)),
-            "graph": _graph_time(self.call, self.buffers),
+            "graph": _graph_time(self.call, self.buffers, seconds / 2) if graph else None,
         }
 
     def memory(self, workload: Workload) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _sample_gpu(run: Run, buffers: int, seconds: float) -> list[float]:
     return samples
 
 
-def _graph_time(run: Run, buffers: int) -> float | None:
+def _graph_time(run: Run, buffers: int, seconds: float) -> float | None:
     """Time of a call inside a CUDA graph of one call per buffer, in ms; None where it cannot be captured.
 
     A call that waits for the GPU is not tried: a capture that fails leaves torch's allocator and generator half in it.
@@ -167,7 +167,7 @@ def _graph_time(run: Run, buffers: int) -> float | None:
         return None
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -183,10 +183,10 @@ def _graph_time(run: Run, buffers: int) -> float | None:
             graph.replay()
             return {}
 
-        return median(_sample_gpu(replay, 1, 0.2)) / buffers
+        return median(_sample_gpu(replay, 1, seconds)) / buffers
     except Exception:  # a synchronisation or an allocation that a capture does not allow, of whatever type
         torch.cuda.synchronize()
-        renew_generator()
+        clean_up(here)
         return None
 
 

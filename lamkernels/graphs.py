@@ -113,18 +113,19 @@ class Graphed(Generic[R]):
         self._inputs, self._layout = [t.detach().clone() for t in inputs], _layout(inputs)
         for static, given in zip(self._inputs, inputs, strict=True):
             static.requires_grad_(given.requires_grad)
-        graph = torch.cuda.CUDAGraph()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph):
                 self._outputs = self.step(*self._inputs)
         except Exception as error:
-            renew_generator()
+            clean_up(here)
             raise RuntimeError(f"the step cannot be captured in a CUDA graph: {error}") from error
         self._graph = graph
 
 
-def renew_generator() -> None:
-    """After a capture that failed: torch still takes its generator for one in a capture, and refuses random numbers."""
+def clean_up(here: torch.cuda.Stream) -> None:
+    """After a capture that failed: torch stays on its stream, not ``here``, and refuses random numbers as if in it."""
+    torch.cuda.set_stream(here)
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
     with contextlib.suppress(RuntimeError):  # else it begins anew

@@ -77,8 +77,9 @@ def test_parts_fail_time_out_and_resume_by_themselves(tmp_path, monkeypatch):
     assert again == {"right": "done", "wrong": "failed", "last": "done"}
     assert (runs["right"].read_text(), runs["wrong"].read_text()) == ("x", "xx")
     assert gpu.run(chosen[:2], tmp_path, 0.0) == {"right": "done", "wrong": "not reached"}
+    (tmp_path / "right" / "bench.json").write_text("{}")
     gpu.run(chosen[:1], tmp_path, 60, again=True)
-    assert runs["right"].read_text() == "xx"
+    assert runs["right"].read_text() == "xx" and not (tmp_path / "right" / "bench.json").exists()
 
 
 MEETING = """

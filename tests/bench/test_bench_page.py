@@ -38,6 +38,7 @@ def test_losses_absences_and_mismatches_are_shown(tmp_path):
     ])  # fmt: skip
     results = tmp_path / "bench" / "results"
     write(results / "Some CPU" / "lam", [row("numba", "ours", "cpu", time_ms=1.0, roofline=0.5, **timed)], "cpu")
+    write(results / "Some GPU" / "tests", [], "cuda")  # a run that measured nothing
     assert "Not yet measured on a GPU" in page.render(results, tmp_path)
     write(results / "Some GPU" / "lam", rows, "cuda")
     (results / "Some GPU" / "info.json").write_text(json.dumps({"command": "lamkernels info --json"}))

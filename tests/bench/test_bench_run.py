@@ -22,7 +22,7 @@ class Answers:
     """Stands in for the processes: what each provider answers to each request."""
 
     def __init__(self, **answers):
-        self.answers, self.asked = answers, []
+        self.answers, self.asked, self.graphs = answers, [], []
 
     def __call__(self, provider, settings):
         test = self
@@ -35,6 +35,7 @@ class Answers:
 
             def ask(self, do, **request):
                 test.asked.append((do, provider))
+                test.graphs += [request["graph"]] if do == "time" else []
                 answer = test.answers[provider][do] if do != "drop" else {}
                 return dict(answer)
 
@@ -98,6 +99,7 @@ def test_on_a_gpu_the_processes_start_together_and_both_clocks_are_kept(monkeypa
     assert (ours.time_ms, ours.wall_ms, ours.graph_ms) == (2.0, 9.0, 1.0) and theirs.graph_ms is None
     assert fake.asked[:3] == [("start", "triton"), ("start", "eager"), ("prepare", "triton")]
     assert sum(do == "start" for do, _ in fake.asked) == 2
+    assert fake.graphs == [True, False] * 4  # replays do not wander
 
 
 def test_inputs_too_large_to_lie_side_by_side_take_turns_as_wholes(monkeypatch, everything_present):
@@ -144,6 +146,14 @@ def test_what_does_not_fit_is_skipped(monkeypatch, everything_present):
     monkeypatch.setattr(runner, "_free_memory", lambda device: 1000)
     rows, _ = run_with(monkeypatch, cdist={})
     assert rows["cdist"].status == "skipped" and "free" in rows["cdist"].note
+
+
+def test_a_lookup_in_blocks_holds_no_matrix_of_scores():
+    matrices = {
+        op: PROVIDERS["compile"].score_bytes(Workload("custom", op, 1000, 50, 3))
+        for op in ("nearest_code", "train_step")
+    }
+    assert matrices == {"nearest_code": 0, "train_step": 2 * 4 * 1000 * 50}
 
 
 def test_a_type_that_a_provider_does_not_take_is_absent(everything_present):
@@ -211,6 +221,39 @@ def test_command_line_measures_and_writes(tmp_path, capsys):
     (line,) = csv.DictReader((tmp_path / "b.csv").read_text().splitlines())
     assert float(line["time_ms"]) == pytest.approx(row["time_ms"], rel=1e-4)
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LAMKERNELS_COMMIT", "abc")
+    path = tmp_path / "bench.json"
+    argv = ["--providers", "reference,eager", "--rounds", "1", "--seconds", "0.01", "--device", "cpu", "--resume"]
+    argv += ["--op", "nearest_code", "--shape", "50,4,3", "--shape", "60,4,3", "--shape", "70,4,3", "--json", str(path)]
+    measured = []
+
+    def measure(workload, providers, processes, settings):
+        measured.append(workload.N)
+        if workload.N == 60 and len(measured) == 2:
+            raise KeyboardInterrupt
+        rows = [runner._new_row(workload, provider, settings) for provider in providers]
+        for row in rows:
+            row.status = "error" if workload.N == 50 and len(measured) < 3 else "ok"
+            row.time_ms, row.p10_ms, row.p90_ms, row.kind = (
+                1.0,
+                1.0,
+                1.0,
+                "ours" if row.provider == "reference" else "peer",
+            )
+        return rows
+
+    monkeypatch.setattr(runner, "_time", measure)
+    monkeypatch.setattr(report, "commit", lambda: "abc")
+    assert cli.main(argv) == 130 and [row["N"] for row in json.loads(path.read_text())["rows"]] == [50, 50]
+    assert cli.main(argv) == 0 and measured == [50, 60, 50, 60, 70]  # the one that failed, and those not reached
+    assert cli.main(argv) == 0 and len(measured) == 5
+    assert [row["N"] for row in json.loads(path.read_text())["rows"]] == [50, 50, 60, 60, 70, 70]
+    monkeypatch.setattr(report, "commit", lambda: "abc-dirty")
+    assert cli.main(argv) == 0 and len(measured) == 8
+    capsys.readouterr()
 
 
 def test_csv_columns_are_fixed(tmp_path):
@@ -318,8 +361,18 @@ def test_the_time_of_the_host_is_measured_without_a_gpu(tmp_path, capsys):
         "VectorQuantize, EMA step": 3,
         "VectorQuantize, gradient step": 3,
     }
-    assert all(0 < row["without_triton"] < row["microseconds"] for row in rows)
+    assert all(row["without_triton"] > 0 and row["microseconds"] > 0 for row in rows)
     assert "less Triton" in capsys.readouterr().out
+    from lamkernels.bench import ahead, host_time
+
+    from lamkernels.ops.nearest_code import triton as nearest
+
+    wide, codes = torch.randn(1, 4100, 37), torch.randn(1, 6, 37)
+    with host_time._nothing_launched():  # what is compiled ahead of time is what a launch looks for
+        (launch,) = ahead.record("sm_90", lambda: nearest.nearest_code(wide, codes, "l2", "default", False))
+        nearest.nearest_code(wide, codes, "l2", "default", False)
+    compiled = launch.kernel.device_caches[0][0].values()
+    assert ahead.build(launch, "sm_90").hash in [kernel.hash for kernel in compiled]
     x = torch.randn(20, 4)
     assert lk.nearest_code(x, x).tolist() == list(range(20))  # everything is as it was
     assert not lk.available_backends()["triton"].available

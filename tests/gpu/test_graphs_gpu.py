@@ -66,8 +66,10 @@ def test_what_a_graph_cannot_take_is_said() -> None:
         step(torch.ones(4, device="cuda"))
     asking = Graphed(lambda x: x * x.sum().item(), warmup=1)
     asking(x)
+    here = torch.cuda.current_stream()
     with pytest.raises(RuntimeError, match="cannot be captured"):
         asking(x)
+    assert torch.cuda.current_stream() == here
     assert torch.randn(1000, device="cuda").std() > 0.5  # torch's generator is out of the capture
 
 
