@@ -21,6 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from lamkernels import tuning
@@ -43,15 +44,12 @@ TYPES = {
 
 
 class Launch(NamedTuple):
-    """A kernel with everything that decides its code.
-
-    By the place of an argument: constants, and whether a pointer or an integer is ``aligned`` to 16.
-    """
+    """A kernel with everything that decides its code; ``constants`` and ``aligned`` name arguments by place."""
 
     kernel: JITFunction
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[tuple[int], Any], ...]
-    aligned: tuple[tuple[tuple[int], bool], ...]
+    aligned: tuple[tuple[int], ...]
     options: tuple[tuple[str, int], ...]
 
 
@@ -75,7 +73,7 @@ def record(target: str, call: Callable[[], object]) -> list[Launch]:
                 constants.append(((i,), arg))
             elif isinstance(arg, torch.Tensor):
                 signature.append((param.name, "*" + TYPES[arg.dtype]))
-                aligned.append(((i,), True))
+                aligned.append((i,))
             elif type(arg) is int and arg == 1:  # as the runtime does
                 signature.append((param.name, "constexpr"))
                 constants.append(((i,), arg))
@@ -83,7 +81,8 @@ def record(target: str, call: Callable[[], object]) -> list[Launch]:
                 signature.append((param.name, "fp32"))
             else:
                 signature.append((param.name, "i64" if arg >= 2**31 else "i32"))
-                aligned.append(((i,), arg % 16 == 0))
+                if arg % 16 == 0:
+                    aligned.append((i,))
         launches.append(Launch(self, tuple(signature), tuple(constants), tuple(aligned), tuple(options.items())))
 
     with pretended(target), mock.patch.object(JITFunction, "run", run):
@@ -101,18 +100,80 @@ def pretended(target: str) -> Iterator[None]:
         yield
 
 
+def compiled(target: str, call: Callable[[], object]) -> list[tuple[str, Any]]:
+    """The kernels of ``call`` by name, compiled as a launch on ``target`` does, so that one finds them in the cache.
+
+    (What :func:`build` compiles has the same code under another key.)
+    """
+    found, launch = [], JITFunction.run
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append((self.__name__, launch(self, *args, grid=grid, warmup=True, **options)))
+
+    with pretended(target), no_driver(target), mock.patch.object(JITFunction, "run", run):
+        call()
+    return found
+
+
+@contextlib.contextmanager
+def no_driver(target: str) -> Iterator[None]:
+    """Triton takes a GPU to be there, which runs nothing."""
+    active = driver._active
+    driver.set_active(NoDriver(target))  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        driver._active = active
+
+
+class NoLauncher:
+    """Launches nothing."""
+
+    def __init__(self, source: Any, metadata: Any) -> None: ...
+
+    def __call__(self, *args: Any) -> None: ...
+
+
+class NoDriver:
+    """What Triton asks of a driver, for a GPU that is not there."""
+
+    launcher_cls = NoLauncher
+
+    def __init__(self, target: str) -> None:
+        self.target, self.utils = target, self
+
+    def get_current_target(self) -> GPUTarget:
+        return gpu_target(self.target)
+
+    def get_current_device(self) -> int:
+        return -1 - list(SHARED).index(self.target)  # by which Triton remembers the target
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        return 0, 0, 0, 0, 1024  # module, function, registers, spills, threads
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED[self.target]}
+
+
+def gpu_target(target: str) -> GPUTarget:
+    """Triton's name for "sm_90", "gfx942" and the like."""
+    kind, _, number = target.partition("_")
+    return GPUTarget("cuda", int(number), 32) if kind == "sm" else GPUTarget("hip", target, 64)
+
+
 @functools.cache
 def build(launch: Launch, target: str) -> Any:
-    """The compiled kernel, for "sm_90", "gfx942" and the like."""
+    """The compiled kernel."""
     source = ASTSource(
         launch.kernel,
         dict(launch.signature),
         constexprs=dict(launch.constants),
-        attrs={place: [["tt.divisibility", 16]] if yes else [] for place, yes in launch.aligned},  # as the runtime does
+        attrs={place: [["tt.divisibility", 16]] for place in launch.aligned},
     )
-    kind, _, number = target.partition("_")
-    gpu = GPUTarget("cuda", int(number), 32) if kind == "sm" else GPUTarget("hip", target, 64)
-    return triton.compile(source, target=gpu, options=dict(launch.options))
+    return triton.compile(source, target=gpu_target(target), options=dict(launch.options))
 
 
 def use(compiled: Any) -> Use:

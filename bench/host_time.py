@@ -13,15 +13,13 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import lamkernels as lk
 from lamkernels import backend, functional, one_call
 from lamkernels.ops.vector_quantize import triton_step
 
-from .ahead import SHARED, pretended
+from .ahead import no_driver, pretended
 
 ROUNDS = 15
 
@@ -35,54 +33,21 @@ class HostTime(NamedTuple):
     without_triton: float
 
 
-class _NoLauncher:
-    def __init__(self, source: Any, metadata: Any) -> None: ...
-
-    def __call__(self, *args: Any) -> None: ...
-
-
-class _NoUtilities:
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        return 0, 0, 0, 0, 1024  # module, function, registers, spills, threads
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED["sm_90"]}
-
-
-class _NoDriver:
-    """What Triton asks of a driver, for a GPU that is not there."""
-
-    launcher_cls = _NoLauncher
-    utils = _NoUtilities()
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 @contextlib.contextmanager
 def _nothing_launched() -> Iterator[None]:
     """Triton serves CPU tensors, in kernels that are compiled and not run."""
-    status, active = backend._status, driver._active
+    status = backend._status
 
     def available(name: str) -> backend.BackendStatus:
         return backend.BackendStatus(True, "CPU tensors") if name == "triton" else status(name)
 
-    driver.set_active(_NoDriver())  # type: ignore[no-untyped-call]
-    try:
-        with (
-            pretended("sm_90"),
-            mock.patch.object(backend, "_status", available),
-            mock.patch.object(functional, "gpu_learned", _learned),
-        ):
-            yield
-    finally:
-        driver._active = active
+    with (
+        pretended("sm_90"),
+        no_driver("sm_90"),
+        mock.patch.object(backend, "_status", available),
+        mock.patch.object(functional, "gpu_learned", _learned),
+    ):
+        yield
 
 
 class _Module(lk.VectorQuantize):

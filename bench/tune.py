@@ -211,21 +211,22 @@ def _may_fit(rule: str, tile: Tile, itemsize: int, limit: int, wide: bool) -> bo
 
 def why_not(workload: Workload, target: str, rule: str, key: Key, tile: Tile) -> str:
     """Compiles the kernels of a rule with a tile: why it will not do, or ""."""
-    from .ahead import SHARED, build, record, use
+    from .ahead import SHARED, compiled, use
 
     sharing = {workload}
     if rule == "resident":  # its row serves all operators and dtypes of that size
         sharing = {replace(workload, op="vector_quantize", dtype=dtype) for dtype in (workload.dtype, "float32")}
     with mock.patch.dict(tuning.MEASURED, {key: tile}):
-        launches = [launch for one in sharing for launch in record(target, functools.partial(call_on_meta, one))]
-    for launch in launches:
-        if launch.kernel.__name__ in KERNELS[rule]:
+        try:
+            built = [kernel for one in sharing for kernel in compiled(target, functools.partial(call_on_meta, one))]
+        except Exception as error:  # Triton's compiler fails in ways of many types
+            return f"does not compile: {type(error).__name__}: {error}".splitlines()[0][:200]
+    for name, kernel in built:
+        if name in KERNELS[rule]:
             try:
-                taken = use(build(launch, target))
+                taken = use(kernel)
             except FileNotFoundError:
                 return ""  # no tool to look with: the launch will say what does not fit
-            except Exception as error:  # Triton's compiler fails in ways of many types
-                return f"does not compile: {type(error).__name__}: {error}".splitlines()[0][:200]
             if taken.stack:
                 return f"{taken.stack} bytes of stack: it spills"
             if taken.shared > SHARED.get(target, FALLBACK_SHARED):

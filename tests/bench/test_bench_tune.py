@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing: TRITON_INTERPRET=1 is set", allow_module_level=True)
 
 from lamkernels.bench import cli, tune
-from lamkernels.bench.ahead import SHARED, record
+from lamkernels.bench.ahead import SHARED, compiled, record
 from lamkernels.bench.workloads import Workload
 
 from lamkernels import tuning
@@ -42,6 +42,11 @@ def test_what_cannot_be_held_is_not_generated_and_what_spills_is_refused():
     tiles = tune.candidates(rule, "sm_90", given, 4)
     assert not any(tile.rows * tile.codes // (32 * tile.warps) > 160 for tile in tiles)
     assert tune.why_not(LOOKUP, "sm_90", rule, key, given) == ""
+    built = compiled("sm_90", lambda: tune.call_on_meta(LOOKUP))
+    assert [name for name, _ in built] == [
+        one.kernel.__name__ for one in record("sm_90", lambda: tune.call_on_meta(LOOKUP))
+    ]
+    assert all(kernel.asm["cubin"] for _, kernel in built)
     assert "spills" in tune.why_not(LOOKUP, "sm_90", rule, key, given._replace(registers=64))
 
 
