@@ -31,7 +31,10 @@ from lamkernels.ops.vector_quantize import triton as quantize
 from lamkernels.ops.vector_quantize import triton_step
 from lamkernels.ops.vector_quantize.gpu_step import ema_step, learned_step
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+TARGETS = (
+    *("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"),
+    *(pytest.param(target, marks=pytest.mark.exhaustive) for target in ("sm_86", "sm_89")),
+)
 
 
 def lookup(codes: int, dim: int, dtype: torch.dtype, precision: str = "default", rows: int = 10**6) -> None:

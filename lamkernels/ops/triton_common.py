@@ -50,11 +50,11 @@ def finite_in_memory(first: tensor, wanted: tensor, dim: tensor, BD: tl.constexp
     finite = wanted
     for start in range(0, dim, BD):
         d = start + tl.arange(0, BD)
-        inside = wanted[:, None] & (d < dim)[None, :]  # [BN, BD]
+        inside = finite[:, None] & (d < dim)[None, :]  # [BN, BD]
         entry = tl.load(first[:, None] + d[None, :], mask=inside, other=0.0)
         if entry.dtype != tl.float64:
             entry = entry.to(tl.float32)
-        finite = finite & finite_rows(entry, BD)
+        finite = finite & (tl.min(is_finite(entry).to(tl.int32), axis=1) > 0)
     return finite
 
 

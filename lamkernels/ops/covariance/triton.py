@@ -293,7 +293,8 @@ def products(left: Side, right: Side, weights: Tensor | None, weighted: bool) ->
     return parts, sums, counts
 
 
-def merging(x: Tensor) -> tuning.Tile:
+def plain(x: Tensor) -> tuning.Tile:
+    """The compiler options of the small kernels."""
     return tuning.PLAIN._replace(registers=tuning.registers(tuning.target_of(x.device)))
 
 
@@ -315,7 +316,7 @@ def scatter(
     shift, strips = x.new_empty((heads, dim), dtype=computed), tuning.ceil_div(dim, STRIP)
     shift_kernel[(heads * strips,)](
         x, shift if weights is None else weights, shift, num_pairs, dim, *x.stride()[:2], strips,
-        tuning.ceil_div(num_pairs, SAMPLE), weights is None, SAMPLE, STRIP, **tuning.PLAIN.options(),
+        tuning.ceil_div(num_pairs, SAMPLE), weights is None, SAMPLE, STRIP, **plain(x).options(),
     )  # fmt: skip
     mean, step = shift.new_empty((2, heads, dim), dtype=torch.float64)
     side = Side(x, shift, step)
@@ -325,7 +326,7 @@ def scatter(
     blocks, at_once, entries = merge_blocks(parts.shape[1], dim * dim)
     merge_kernel[(heads * blocks,)](
         parts, sums, shares, shift, result, mean, step, weight, dim, dim * dim, parts.shape[1], shares.shape[1], blocks,
-        at_once, entries, **merging(x).options(),
+        at_once, entries, **plain(x).options(),
     )  # fmt: skip
     return weight, side, mean, result
 
@@ -338,7 +339,7 @@ def cross_scatter(left: Side, right: Side, weights: Tensor, weighted: bool, tota
     blocks, at_once, entries = merge_blocks(splits, dim * other)
     merge_cross_kernel[(heads * blocks,)](
         parts, left.step, right.step, total, result, dim, other, dim * other, splits, blocks, at_once, entries,
-        **merging(left.x).options(),
+        **plain(left.x).options(),
     )  # fmt: skip
     return result
 
