@@ -60,6 +60,18 @@ class _Module(lk.VectorQuantize):
         return triton_step if self.update == "ema" and one_call._updated_in_place(self._averages(), x) else None
 
 
+class _Nothing(torch.autograd.Function):
+    """What autograd takes of a step by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.new_empty(x.shape), x.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0]
+
+
 def _learned(x: torch.Tensor, codebook: torch.Tensor, **_: str) -> Any:
     """The same of a codebook that is learned by its gradient."""
     return triton_step if one_call._updated_in_place((codebook,), x) else None
@@ -78,12 +90,16 @@ def _calls() -> dict[str, Callable[[], object]]:
         out, _, loss = module(leaf)
         return torch.autograd.grad((out, loss), (leaf, *more), (x, one))
 
+    def nothing() -> object:
+        return torch.autograd.grad(_Nothing.apply(leaf), leaf, (x, one))  # type: ignore[no-untyped-call]
+
     ema, learned = _Module(32, 8, backend="triton"), _Module(32, 8, update="gradient", backend="triton")
     return {
         "nearest_code 256 x 32, 8 codes": lambda: lk.nearest_code(x, codebook, backend="triton"),
         "nearest_code 4096 x 64 fp16, 1024 codes": lambda: lk.nearest_code(half, many, backend="triton"),
         "vector_quantize 256 x 32, 8 codes": lambda: lk.vector_quantize(x, codebook, backend="triton"),
         "the same, with its backward": quantized,
+        "autograd alone": nothing,
         "VectorQuantize, EMA step": lambda: step(ema),
         "VectorQuantize, gradient step": lambda: step(learned, learned.codebook),
         "moments 256 x 32": lambda: lk.moments(x, backend="triton"),

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             return 130
+        except BrokenProcessPool as error:  # a process was killed: what is left is compiled where it is called
+            print(error, file=sys.stderr)
+            return 1
     print(f"{len(todo) - failed} of {len(todo)} compiled")
     return 0
 

@@ -160,3 +160,38 @@ def test_codes_of_indices_under_vmap():
         lambda i: lk.lookup_free_codes(i, 2),
     ):
         torch.testing.assert_close(torch.vmap(function)(indices), function(indices), equal_nan=True)
+
+
+def test_plain_tensors_go_past_the_dispatcher_and_others_do_not(backend, monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from lamkernels.ops import registration
+    from lamkernels.ops.vector_quantize.op import vector_quantize
+
+    dispatched = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            dispatched.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    calls, kernel = [], registration._KERNELS["vector_quantize"]
+    monkeypatch.setitem(registration._KERNELS, "vector_quantize", lambda *args: calls.append(1) or kernel(*args))
+    x, codebook = torch.randn(1, 40, 4, requires_grad=True), torch.randn(1, 5, 4, requires_grad=True)
+    rest = (None, None, "l2", "default", "ste", backend)
+    mine = vector_quantize(x, codebook, *rest)
+    with Note():
+        theirs = vector_quantize(x, codebook, *rest)
+    assert len(calls) == 1 and "lamkernels::vector_quantize" in dispatched
+    weights = torch.randn_like(x)
+    grads = [
+        torch.autograd.grad((out[0] * weights).sum() + 3 * out[2].sum() + out[3].sum(), (x, codebook))
+        for out in (mine, theirs)
+    ]
+    for a, b in zip((*mine, *grads[0]), (*theirs, *grads[1]), strict=True):
+        assert torch.equal(a, b) and a.requires_grad == b.requires_grad
+    with torch.no_grad():
+        assert not vector_quantize(x, codebook, *rest)[0].requires_grad and len(calls) == 2
+    (grad,) = torch.autograd.grad(vector_quantize(x, codebook, *rest)[2].sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(grad.sum(), x)
