@@ -239,21 +239,17 @@ def quantize_with_loss(
     Returns:
         quantized, indices (...,), or (N,) with ``whole_rows``, with 0 for a row that is not finite, and the loss ().
     """
-    planned, numbers = None, (int, float)
-    if metric != "cosine" and isinstance(commitment_weight, numbers) and isinstance(codebook_weight, numbers):
-        planned = plan_one_call(x, codebook, gradient, metric, precision, backend, None, whole_rows)
+    numbers, weights = (int, float), (commitment_weight, codebook_weight)
+    plain = metric != "cosine" and isinstance(commitment_weight, numbers) and isinstance(codebook_weight, numbers)
+    planned = plan_one_call(x, codebook, gradient, metric, precision, backend, None, whole_rows) if plain else None
     if planned is not None:
-        quantized, indices, loss = numba_one_call().weighted_step(
-            x, codebook, *planned, (commitment_weight, codebook_weight)
-        )
+        quantized, indices, loss = numba_one_call().weighted_step(x, codebook, *planned, weights)
         return quantized, indices.reshape(-1) if whole_rows and indices.ndim != 1 else indices, loss
     rows = x.reshape(-1, codebook.shape[1]) if whole_rows else x
-    if metric != "cosine" and gradient == "ste" and isinstance(commitment_weight, numbers):
-        kernels = gpu_learned(rows, codebook, backend=backend) if isinstance(codebook_weight, numbers) else None
-        if kernels is not None:
-            weights = commitment_weight, codebook_weight
-            quantized, indices, loss = learned_step(kernels, rows, codebook, metric, precision, weights)
-            return in_shape(quantized, x.shape) if whole_rows else quantized, indices, loss
+    kernels = gpu_learned(rows, codebook, backend=backend) if plain and gradient == "ste" else None
+    if kernels is not None:
+        quantized, indices, loss = learned_step(kernels, rows, codebook, metric, precision, weights)
+        return in_shape(quantized, x.shape) if whole_rows else quantized, indices, loss
     out = vector_quantize(rows, codebook, gradient=gradient, metric=metric, precision=precision, backend=backend)
     weighted = out.commitment_loss if commitment_weight == 1 else commitment_weight * out.commitment_loss
     loss = torch.add(weighted, out.codebook_loss, alpha=codebook_weight)
