@@ -72,7 +72,7 @@ def ema_step(
     Returns:
         quantized as x, indices (...,) int64 with 0 for a row that is not finite, and the weighted loss ().
     """
-    step: tuple[Tensor, Tensor, Tensor] = _EmaStep.apply(x, kernels, averages, precision, rates, weight)  # type: ignore[no-untyped-call]
+    step: tuple[Tensor, Tensor, Tensor] = _EmaStep.apply(x, kernels, averages, precision, rates, float(weight))  # type: ignore[no-untyped-call]
     return step
 
 
@@ -92,7 +92,8 @@ def learned_step(
     Returns:
         As :func:`ema_step`; the loss is the sum of both.
     """
-    step: tuple[Tensor, Tensor, Tensor] = _LearnedStep.apply(x, codebook, kernels, metric, precision, weights)  # type: ignore[no-untyped-call]
+    given = float(weights[0]), float(weights[1])  # a kernel would take an int for a constant
+    step: tuple[Tensor, Tensor, Tensor] = _LearnedStep.apply(x, codebook, kernels, metric, precision, given)  # type: ignore[no-untyped-call]
     return step
 
 
