@@ -25,9 +25,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from lamkernels import tuning
+from lamkernels.ops import triton_cosine
 from lamkernels.ops.code_statistics import triton as statistics
 from lamkernels.ops.covariance import triton as covariances
 from lamkernels.ops.nearest_code import triton as nearest
+from lamkernels.ops.vector_quantize import gpu_step
 from lamkernels.ops.vector_quantize import triton as quantize
 
 KB = 1024
@@ -92,8 +94,10 @@ def record(target: str, call: Callable[[], object]) -> list[Launch]:
 
 @contextlib.contextmanager
 def pretended(target: str) -> Iterator[None]:
-    """Launchers choose what they would on ``target``, wherever their tensors are."""
+    """Launchers choose what they would on ``target``, wherever their tensors are, and if these have no values."""
     with contextlib.ExitStack() as stack:
+        for module in (gpu_step, triton_cosine):
+            stack.enter_context(mock.patch.object(module, "is_ordinary", lambda *grads: True))
         stack.enter_context(mock.patch.object(tuning, "target_of", lambda device: target))
         for module in (nearest, quantize, statistics, covariances):
             stack.enter_context(mock.patch.object(module, "persistent_programs", lambda device: PROGRAMS))

@@ -149,6 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = {"json": args.json, "csv": args.csv, "plot": args.plot}
     if args.out:
         paths = {kind: path or args.out / f"bench.{'png' if kind == 'plot' else kind}" for kind, path in paths.items()}
+    if args.resume and not paths["json"]:
+        parser.error("--resume goes on with what --json (or --out) holds, and neither is given")
+    if args.host_time and importlib.util.find_spec("triton") is None:
+        parser.error("--host-time needs triton; pip install triton")
     if paths["plot"] and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot and --out need matplotlib; pip install 'lamkernels[bench]'")
     if paths["plot"] and paths["plot"].suffix not in (".png", ".svg", ".pdf"):
@@ -188,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         timeout=args.timeout,
     )
     about = report.context(device, argv)
-    rows = report.kept(paths["json"], about) if args.resume and paths["json"] else []
+    rows = report.kept(paths["json"], about) if args.resume else []
     done = {report.workload_of(row) for row in rows}
     workloads = tuple(workload for workload in workloads if (workload.suite, workload.name) not in done)
     print(

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -119,27 +119,27 @@ def parts(out: Path) -> tuple[Part, ...]:
     )
 
 
-class _Job(NamedTuple):
+@dataclass
+class _Job:
     """A part that runs."""
 
     part: Part
     process: subprocess.Popen[bytes]
     begin: float
     end: float
+    interrupted: bool = False
 
-    def over(self) -> bool:
-        """Whether it ended, or is out of time."""
-        return self.process.poll() is not None or time.monotonic() >= self.end
-
-    def finish(self) -> str:
-        """Its state. Where it has not ended, it is told to, and has some time to write what it has."""
-        ended = self.process.poll() is not None
-        if not ended:
-            self.process.send_signal(signal.SIGINT)  # the benchmark writes the workloads it has, pytest its summary
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE)
+    def state(self) -> str:
+        """What became of it, or "" while it runs. Out of time it is told to end, and may write what it has."""
+        now = time.monotonic()
+        if self.process.poll() is None:
+            if now >= self.end and not self.interrupted:
+                self.process.send_signal(signal.SIGINT)  # the benchmark writes its files, pytest its summary
+                self.interrupted = True
+            if now < self.end + GRACE:
+                return ""
         _kill(self.process)
-        return "out of time" if not ended else "failed" if self.process.returncode else "done"
+        return "out of time" if self.interrupted else "failed" if self.process.returncode else "done"
 
 
 def longest(chosen: Sequence[Part]) -> float:
@@ -164,7 +164,7 @@ def run(
         by part, "done", "failed", "out of time", "absent" or "not reached".
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would the parts
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds - GRACE
     states: dict[str, str] = {}
     for group in _side_by_side(chosen):
         with contextlib.ExitStack() as stack:
@@ -184,10 +184,11 @@ def run(
                         (out / part.name / "bench.json").unlink(missing_ok=True)
                     running.append(_start(part, min(part.seconds, left), commit, out / part.name / SAID, stack))
             while running:
-                for job in [job for job in running if job.over()]:
+                for job in list(running):
+                    state, taken = job.state(), time.monotonic() - job.begin
+                    if not state:
+                        continue
                     running.remove(job)
-                    state = job.finish()
-                    taken = time.monotonic() - job.begin
                     said = (out / job.part.name / SAID).read_text(errors="replace")
                     states[job.part.name] = _record(job.part, state, taken, said, out, commit)
                 time.sleep(0.05)
@@ -272,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="where to write (bench/results/<device>)")
     parser.add_argument("--parts", help="some of them, with commas: " + ", ".join(part.name for part in parts(Path())))
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which no part is started or goes on (9)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which everything has ended (9)")
     parser.add_argument("--archive", type=Path, help="a .tar.gz file of all results, renewed after every part")
     parser.add_argument("--commit", default="", help="what is measured, where the checkout has no .git")
     parser.add_argument("--again", action="store_true", help="run parts that are done, too")

@@ -48,6 +48,7 @@ class Provider:
         dtypes: what it takes.
         score_matrices: how many N×K matrices of fp32 it holds at a time; it is not started where they do not fit.
         blocked: ops in which it holds blocks of such a matrix alone.
+        few_rows: the relative error of its covariances where there are few rows to a column (docs/numerics.md).
         refuses: why it does not take a workload, or "".
     """
 
@@ -60,6 +61,7 @@ class Provider:
     dtypes: tuple[str, ...] = DTYPES
     score_matrices: float = 0.0
     blocked: tuple[str, ...] = ()
+    few_rows: float = 0.0
     refuses: Callable[[Workload], str] = lambda workload: ""
 
     def absent(self, device: str) -> str:
@@ -473,6 +475,7 @@ PROVIDERS: dict[str, Provider] = {
             "cupy",
             GPU,
             refuses=_not_in_cuda,
+            few_rows=2.0**-17,
         ),
         Provider("reference", "baseline", _ours("reference"), "lamkernels", "lamkernels"),
         Provider("harness", "floor", {"train_step": _harness}, "torch", "torch"),

@@ -120,7 +120,7 @@ def context(device: str, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the checkout that is imported, with "-dirty" where tracked files differ.
+    """The commit of the checkout that is imported, with "-dirty" where tracked files other than results differ.
 
     Without a checkout, what LAMKERNELS_COMMIT says: a tree that was copied to the machine.
     """
@@ -134,7 +134,8 @@ def commit() -> str:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:  # installed into someone else's repository
             return stated
-        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+        changed = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)bench/results")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return stated
 
@@ -301,15 +302,16 @@ def rows_of(content: dict[str, Any]) -> list[Row]:
 
 
 def kept(path: Path, about: dict[str, Any]) -> list[Row]:
-    """The rows of an earlier run on the same machine and commit, but for workloads in which one of ours failed."""
+    """What the same command gave on the same machine and commit, less the workloads in which one of ours failed."""
     try:
         content = json.loads(path.read_text())
-        same = all(content["context"][name] == about[name] for name in ("device", "hardware", "torch", "commit"))
-    except (OSError, ValueError, KeyError):  # none yet, or of another kind
+        known = ("device", "hardware", "torch", "commit", "command")
+        same = all(content["context"][name] == about[name] for name in known)
+        rows = rows_of(content)
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or of another kind
         return []
     if not same or not about["commit"] or about["commit"].endswith("-dirty"):
         return []
-    rows = rows_of(content)
     failed = {workload_of(row) for row in rows if row.kind == "ours" and row.status in ("error", "wrong")}
     return [row for row in rows if workload_of(row) not in failed]
 

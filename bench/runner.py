@@ -128,8 +128,10 @@ def run(workloads: Sequence[Workload], names: Sequence[str], settings: Settings)
     try:
         for workload in workloads:
             providers = [PROVIDERS[name] for name in names if workload.op in PROVIDERS[name].prepare]
-            measure = _memory if workload.measure == "memory" else _time
-            yield rank(measure(workload, providers, processes, settings))
+            if workload.measure == "memory":
+                yield rank(_memory(workload, providers, settings))
+            else:
+                yield rank(_time(workload, providers, processes, settings))
     finally:
         for process in processes.values():
             process.close()
@@ -200,27 +202,25 @@ def _in_turns(
     return rows
 
 
-def _memory(
-    workload: Workload, providers: Sequence[Provider], _: dict[str, ProviderProcess], settings: Settings
-) -> list[Row]:
+def _memory(workload: Workload, providers: Sequence[Provider], settings: Settings) -> list[Row]:
     rows = [_new_row(workload, provider, settings) for provider in providers]
-    processes = {row.provider: ProviderProcess(row.provider, settings) for row in rows if not row.status}
-    if settings.device == "cuda":  # their imports overlap; what one allocates is not counted with another
+    with contextlib.ExitStack() as stack:
+        processes = {row.provider: ProviderProcess(row.provider, settings) for row in rows if not row.status}
         for process in processes.values():
-            process.start()
-    for row in rows:
-        if row.status:
-            continue
-        try:
+            stack.callback(process.close)
+            if settings.device == "cuda":  # their imports overlap; what one allocates is not counted with another
+                process.start()
+        for row in rows:
+            if row.status:
+                continue
             answer = processes[row.provider].ask("memory", workload=asdict(workload))
-        finally:
             processes[row.provider].close()
-        _take_check(row, answer)
-        if not row.status:
-            row.status = "ok"
-            row.peak_extra_mb = answer["peak"] / 2**20
-            row.output_mb = workload.output_bytes / 2**20
-            row.score_matrix_mb = workload.score_matrix_bytes / 2**20
+            _take_check(row, answer)
+            if not row.status:
+                row.status = "ok"
+                row.peak_extra_mb = answer["peak"] / 2**20
+                row.output_mb = workload.output_bytes / 2**20
+                row.score_matrix_mb = workload.score_matrix_bytes / 2**20
     return rows
 
 

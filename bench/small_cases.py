@@ -62,8 +62,8 @@ def cases(device: str, backend: Any) -> dict[str, Callable[[], Sequence[Tensor]]
         found = lk.moments(normal(300, dim), lag=2, backend=backend, **options)
         return [t for t in found if t is not None]
 
-    def module() -> Sequence[Tensor]:
-        quantize = lk.VectorQuantize(12, 5, backend=backend, device=device)
+    def module(update: Any) -> Sequence[Tensor]:
+        quantize = lk.VectorQuantize(12, 5, update=update, backend=backend, device=device)
         x = normal(130, 12).requires_grad_()
         quantized, _, loss = quantize(x)
         differentiate(quantized.square().mean(), loss.sum())
@@ -93,7 +93,8 @@ def cases(device: str, backend: Any) -> dict[str, Callable[[], Sequence[Tensor]]
         "moments": lambda: moments(20),
         "moments, 260 columns": lambda: moments(260),
         "moments, wide, exact": lambda: moments(70, precision="exact"),
-        "module": module,
+        "module": lambda: module("ema"),
+        "module, learned": lambda: module("gradient"),
     }
 
 

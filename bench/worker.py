@@ -52,7 +52,9 @@ class Session:
         inputs = make_inputs(workload, self.device, buffers=self.buffers, threads=self.threads)
         torch.backends.cuda.matmul.allow_tf32 = False  # a provider may have allowed it for the halves before
         self.call = self.provider.prepare[workload.op](workload, inputs)
-        verdict = check(workload, inputs, self.call(0), strict=self.provider.kind != "peer")
+        verdict = check(
+            workload, inputs, self.call(0), strict=self.provider.kind != "peer", few_rows=self.provider.few_rows
+        )
         if verdict.error:
             self.drop()
         return {**verdict._asdict(), **self.peaks[kind]._asdict()}

@@ -25,6 +25,11 @@ def available_backends() -> dict[str, BackendStatus]:
     return {name: _status(name) for name in BACKENDS if name != "auto"}
 
 
+def is_available(backend: str) -> bool:
+    """Whether a backend can run here; imports what this one needs."""
+    return _status(backend).available
+
+
 @functools.cache
 def _status(backend: str) -> BackendStatus:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"

@@ -248,6 +248,8 @@ def quantize_with_loss(
     rows = x.reshape(-1, codebook.shape[1]) if whole_rows else x
     kernels = gpu_learned(rows, codebook, backend=backend) if plain and gradient == "ste" else None
     if kernels is not None:
+        check_option("metric", metric, METRICS)
+        check_option("precision", precision, PRECISIONS)
         quantized, indices, loss = learned_step(kernels, rows, codebook, metric, precision, weights)
         return in_shape(quantized, x.shape) if whole_rows else quantized, indices, loss
     out = vector_quantize(rows, codebook, gradient=gradient, metric=metric, precision=precision, backend=backend)
@@ -385,5 +387,5 @@ def _canonical(
 def _unit(vectors: Tensor, dtype: torch.dtype, backend: Backend) -> Tensor:
     """(..., D) normalised, NaN as a whole where one is not finite."""
     kernels = gpu_cosine(vectors, backend=backend)
-    unit: Tensor = unit_or_nan(vectors, dtype) if kernels is None else kernels.unit_rows(vectors, dtype)
+    unit: Tensor = unit_or_nan(vectors, dtype) if kernels is None else kernels.unit_or_nan(vectors, dtype)
     return unit

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lamkernels.backend import available_backends, resolve
+from lamkernels.backend import is_available, resolve
 from lamkernels.eager import is_plain
 from lamkernels.validation import Backend
 
@@ -75,7 +75,9 @@ def gpu_learned(x: Tensor, codebook: Tensor, *, backend: Backend) -> Any:
         codebook: (K, D).
         backend: as for :func:`lamkernels.nearest_code`.
     """
-    if torch.compiler.is_compiling() or not x.is_cuda or resolve(backend, "cuda") != "triton":
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cuda:
+        return None
+    if resolve(backend, "cuda") != "triton":
         return None
     fits = x.ndim > 0 and codebook.ndim == 2 and x.shape[-1] == codebook.shape[1]
     if not fits or not _updated_in_place((codebook,), x):
@@ -111,7 +113,7 @@ def _may_take_triton(rows: Tensor, backend: Backend) -> bool:
     """Whether what is around the kernels of a backend may run in Triton: eager on a GPU, unless torch is asked for."""
     if torch.compiler.is_compiling() or not rows.is_cuda or resolve(backend, "cuda") == "reference":
         return False
-    return available_backends()["triton"].available
+    return is_available("triton")
 
 
 def _updated_in_place(state: Sequence[Tensor], *others: Tensor | None) -> bool:

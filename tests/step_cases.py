@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 import lamkernels as lk
@@ -68,3 +69,56 @@ def assert_learned_steps(
         torch.testing.assert_close(left.grad, right.grad, rtol=2 * rounding, atol=0.1 * rounding)
         torch.testing.assert_close(codebook.grad, vq.codebook.grad, rtol=1e-5, atol=1e-7)
         vq.codebook.grad = None
+
+
+def assert_learned_anyhow(kernels: Any, device: str) -> None:
+    """Rows of every layout, gradients of every kind, and one input alone with a gradient, beside the operator."""
+    codebook = torch.randn(9, 6, device=device)
+    layouts = {
+        "transposed": torch.randn(6, 40, device=device).T,
+        "channels first": torch.randn(2, 6, 4, 5, device=device).movedim(1, -1),
+        "every second entry": torch.randn(3, 7, 12, device=device)[..., ::2],
+        "expanded": torch.randn(5, 1, 6, device=device).expand(5, 4, 6),
+        "one row": torch.randn(6, device=device),
+    }
+
+    def step(leaf: Any, codes: Any, precision: str = "default") -> tuple[Any, Any]:
+        quantized, _, loss = learned_step(kernels, leaf, codes, "l2", precision, (0.3, 0.7))
+        return quantized, loss
+
+    def operator(leaf: Any, codes: Any, precision: str = "default") -> tuple[Any, Any]:
+        out = lk.vector_quantize(leaf, codes, precision=precision, backend="reference")  # type: ignore[arg-type]
+        return out.quantized, 0.3 * out.commitment_loss + 0.7 * out.codebook_loss
+
+    def gradients(take: Any, x: Any, needed: tuple[bool, bool], grads: Any, **options: Any) -> list[Any]:
+        leaves = [t.detach().requires_grad_(wanted) for t, wanted in zip((x, codebook), needed, strict=True)]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        return list(torch.autograd.grad(take(*leaves), wanted, grads, **options))
+
+    for name, x in layouts.items():
+        for needed in ((True, True), (True, False), (False, True)):
+            weights = torch.randn(x.shape, device=device)
+            for grad in (weights, torch._neg_view(weights), weights[..., :1].expand(x.shape)):
+                grads = (grad, torch.tensor(2.0, device=device))
+                pairs = zip(gradients(step, x, needed, grads), gradients(operator, x, needed, grads), strict=True)
+                for mine, theirs in pairs:
+                    torch.testing.assert_close(mine, theirs, msg=lambda m, name=name: f"{name}: {m}")
+    x = layouts["every second entry"]
+    many = (torch.randn(4, *x.shape, device=device), torch.randn(4, device=device))
+    pairs = zip(*(gradients(t, x, (True, True), many, is_grads_batched=True) for t in (step, operator)), strict=True)
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs)
+    grads = (many[0][0], many[1][0])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.movedim(0, -1).clone().movedim(-1, 0)):
+        mine = gradients(step, x, (True, True), grads)
+    theirs = gradients(operator, x, (True, True), grads)
+    first = gradients(step, x, (True, True), grads, create_graph=True)
+    for a, b, c in zip(mine, theirs, first, strict=True):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(c.detach(), b)
+    for a, b in zip(step(x, codebook, "exact"), operator(x, codebook, "exact"), strict=True):
+        torch.testing.assert_close(a, b)
+    leaf = x.detach().requires_grad_()
+    grad = torch.autograd.grad(step(leaf, codebook)[1], leaf, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(grad.sum(), leaf)

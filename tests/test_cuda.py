@@ -491,16 +491,18 @@ def test_the_module_takes_the_one_launch_where_it_fits(host: Host, monkeypatch: 
     """What decides it, with a GPU's answers where it asks for one."""
     vq, x = lk.VectorQuantize(8, 5, backend="cuda"), torch.randn(40, 8, requires_grad=True)
     monkeypatch.setattr(lk.one_call, "resolve", lambda backend, device: backend)
-    monkeypatch.setattr(lk.one_call, "is_plain", lambda *tensors, device="cpu": device == "cuda")
     averages = (vq.codebook, vq.cluster_size, vq.code_sums)
     kernels = lk.one_call.gpu_kernels
-    assert kernels(x, *averages, backend="cuda") is cuda
-    assert kernels(x, *averages, backend="reference") is None
-    assert kernels(x.double(), *averages, backend="triton") is None
-    assert kernels(x.double(), *averages, backend="cuda") is None
-    assert kernels(x[:, :7], *averages, backend="cuda") is None
-    assert kernels(x, vq.codebook.double(), *averages[1:], backend="cuda") is None
-    assert kernels(x, *(torch.randn(5, 8).t().contiguous().t(), *averages[1:]), backend="cuda") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        assert kernels(x, *averages, backend="cuda") is cuda
+        assert kernels(x, *averages, backend="reference") is None
+        assert kernels(x.double(), *averages, backend="triton") is None
+        assert kernels(x.double(), *averages, backend="cuda") is None
+        assert kernels(x[:, :7], *averages, backend="cuda") is None
+        assert kernels(x, vq.codebook.double(), *averages[1:], backend="cuda") is None
+        assert kernels(x, *(torch.randn(5, 8).t().contiguous().t(), *averages[1:]), backend="cuda") is None
+    assert kernels(x, *averages, backend="cuda") is None
     twin = lk.VectorQuantize(8, 5, backend="reference")
     twin.load_state_dict(vq.state_dict())
     host.launches.clear()

@@ -94,7 +94,7 @@ def keep_up(codes: int, dim: int, dtype: torch.dtype) -> None:
 def normalise(codes: int, dim: int, dtype: torch.dtype, wanted: torch.dtype = torch.float32) -> None:
     """Forward and backward."""
     rows = meta(codes, dim, dtype=dtype).requires_grad_()
-    torch.autograd.grad(triton_cosine.unit_rows(rows, wanted), rows, meta(codes, dim, dtype=wanted))
+    torch.autograd.grad(triton_cosine.unit_or_nan(rows, wanted), rows, meta(codes, dim, dtype=wanted))
 
 
 def count(codes: int, dim: int, dtype: torch.dtype) -> None:

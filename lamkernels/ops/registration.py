@@ -38,12 +38,14 @@ def register(name: str, folder: str, schema: str, fake: Callable[..., Any]) -> C
     torch.library.register_fake(qualified)(lambda *args: fake(*args[:-1]))
     operator = getattr(torch.ops.lamkernels, name)
     torch.library.register_vmap(qualified, _fold_into_heads(operator))
-    return _past_the_dispatcher(name, operator)
+    floats = [i for i, argument in enumerate(operator.default._schema.arguments) if str(argument.type) == "float"]
+    return _past_the_dispatcher(name, operator, floats)
 
 
-def _past_the_dispatcher(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+def _past_the_dispatcher(name: str, operator: Callable[..., Any], floats: Sequence[int]) -> Callable[..., Any]:
     """What calls the operator or, for plain tensors (see :func:`lamkernels.eager.is_plain`), the kernel.
 
+    ``floats`` are the places of arguments of which a schema makes a float, whatever number they are.
     At the sizes of latent action models the dispatcher's way to a Python kernel and back costs as much as its launches.
     """
 
@@ -51,6 +53,8 @@ def _past_the_dispatcher(name: str, operator: Callable[..., Any]) -> Callable[..
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if not is_plain(*tensors, device=tensors[0].device.type):
             return operator(*args)
+        if floats:
+            args = tuple(float(arg) if i in floats else arg for i, arg in enumerate(args))
         if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
             return _KERNELS[name](*args)
         gradient = _PLAIN_GRADIENTS.get(name)  # what has none refuses to be differentiated

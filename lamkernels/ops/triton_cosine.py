@@ -16,7 +16,8 @@ from torch import Tensor
 from triton.language import tensor
 
 from lamkernels import tuning
-from lamkernels.ops.cosine import unit_or_nan
+from lamkernels.eager import is_ordinary
+from lamkernels.ops.constants import COSINE_EPS
 from lamkernels.ops.triton_common import COSINE_CLAMP, finite_rows, on_device
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -46,9 +47,9 @@ def store_entries(
 
 @triton.jit
 def unit_rows_kernel(
-    x: tensor, out: tensor, num_rows: tensor, dim: tensor, BN: tl.constexpr, BD: tl.constexpr
+    x: tensor, out: tensor, lengths: tensor, num_rows: tensor, dim: tensor, BN: tl.constexpr, BD: tl.constexpr
 ) -> None:  # fmt: skip
-    """out (R, D) = x / max(‖x‖, ε), NaN for a row that is not finite; the norm is taken in fp64."""
+    """out (R, D) = x / max(‖x‖, ε), NaN for a row that is not finite, and the divisors (R,) fp64."""
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     inside = n < num_rows
     rows = x + n * dim
@@ -59,62 +60,72 @@ def unit_rows_kernel(
         square += tl.sum(entry * entry, axis=1)
         finite = finite & finite_rows(entry, BD)
     length = tl.maximum(tl.sqrt(square), COSINE_CLAMP)
+    tl.store(lengths + n, length, mask=inside)
     for start in range(0, dim, BD):
         unit = entries_of(rows, inside, start, dim, BD) / length[:, None]
-        unit = tl.where(finite[:, None], unit, float("nan"))
-        store_entries(out + n * dim, inside, start, dim, unit, BD)
+        store_entries(out + n * dim, inside, start, dim, tl.where(finite[:, None], unit, float("nan")), BD)
 
 
 @triton.jit
 def unit_rows_bwd_kernel(
-    x: tensor, grad: tensor, out: tensor, num_rows: tensor, dim: tensor, BN: tl.constexpr, BD: tl.constexpr
+    unit: tensor, lengths: tensor, grad: tensor, out: tensor, num_rows: tensor, dim: tensor, BN: tl.constexpr,
+    BD: tl.constexpr,
 ) -> None:  # fmt: skip
-    """out (R, D) = (g − u (u·g)) / ‖x‖, u = x / ‖x‖; g / ε where the norm is clamped, 0 where a row is not finite."""
+    """out (R, D) = (g − u (u·g)) / ‖x‖; g / ε where the norm is clamped, 0 where u is NaN."""
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     inside = n < num_rows
-    rows, grads = x + n * dim, grad + n * dim
-    square = tl.zeros([BN], tl.float64)
+    units, grads = unit + n * dim, grad + n * dim
     along = tl.zeros([BN], tl.float64)
-    finite = inside
     for start in range(0, dim, BD):
-        entry = entries_of(rows, inside, start, dim, BD)
-        square += tl.sum(entry * entry, axis=1)
-        along += tl.sum(entry * entries_of(grads, inside, start, dim, BD), axis=1)
-        finite = finite & finite_rows(entry, BD)
-    norm = tl.sqrt(square)
-    length = tl.maximum(norm, COSINE_CLAMP)
-    pull = tl.where(norm > COSINE_CLAMP, along / length / length, 0.0)
+        u = entries_of(units, inside, start, dim, BD)
+        along += tl.sum(u * entries_of(grads, inside, start, dim, BD), axis=1)
+    length = tl.load(lengths + n, mask=inside, other=1.0)
+    along = tl.where(length > COSINE_CLAMP, along, 0.0)
     for start in range(0, dim, BD):
-        value = entries_of(grads, inside, start, dim, BD) - entries_of(rows, inside, start, dim, BD) * pull[:, None]
-        value = tl.where(finite[:, None], value / length[:, None], 0.0)
-        store_entries(out + n * dim, inside, start, dim, value, BD)
+        u = entries_of(units, inside, start, dim, BD)
+        value = (entries_of(grads, inside, start, dim, BD) - u * along[:, None]) / length[:, None]
+        store_entries(out + n * dim, inside, start, dim, tl.where(u == u, value, 0.0), BD)
 
 
-class UnitRows(torch.autograd.Function):
-    """See :func:`unit_rows`."""
+class _UnitOrNan(torch.autograd.Function):
+    """What it saves is its own, so that the rows may be overwritten before the backward: dead codes are."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.dtype = dtype
-        out = rows.new_empty(rows.shape, dtype=dtype)
-        _launch(unit_rows_kernel, rows, out)
-        return out
+        unit, lengths = normalised(rows, dtype)
+        ctx.save_for_backward(unit, lengths)
+        ctx.dtype = rows.dtype
+        return unit
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # it is differentiated again
-            return torch.autograd.grad(unit_or_nan(rows, ctx.dtype), rows, grad, create_graph=True)[0], None
-        out = torch.empty_like(rows)
-        _launch(unit_rows_bwd_kernel, rows, grad.contiguous(), out)
+        unit, lengths = ctx.saved_tensors
+        if not is_ordinary(grad) or not unit.is_contiguous() or not lengths.is_contiguous():
+            return _gradient(unit.detach(), lengths, grad).to(ctx.dtype), None
+        out = unit.new_empty(unit.shape, dtype=ctx.dtype)
+        _launch(unit_rows_bwd_kernel, unit, lengths, grad.contiguous(), out)
         return out, None
 
 
-def unit_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+def _gradient(unit: Tensor, lengths: Tensor, grad: Tensor) -> Tensor:
+    """The same by operators of torch, for gradients that a kernel cannot read."""
+    u, g = unit.double(), grad.double()
+    along = torch.where(lengths > COSINE_EPS, (u * g).sum(-1), 0.0)
+    return torch.where(u.isnan(), 0.0, (g - u * along[..., None]) / lengths[..., None])
+
+
+def unit_or_nan(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """:func:`lamkernels.ops.cosine.unit_or_nan` of contiguous rows (..., D) in one launch; its gradient is another."""
-    unit: Tensor = UnitRows.apply(rows, dtype)  # type: ignore[no-untyped-call]
+    unit: Tensor = _UnitOrNan.apply(rows, dtype)  # type: ignore[no-untyped-call]
     return unit
+
+
+def normalised(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same without a gradient, and what the rows were divided by, (...,) fp64."""
+    unit = rows.new_empty(rows.shape, dtype=dtype)
+    lengths = rows.new_empty(rows.shape[:-1], dtype=torch.float64)
+    _launch(unit_rows_kernel, rows, unit, lengths)
+    return unit, lengths
 
 
 def _launch(kernel: Any, rows: Tensor, *others: Tensor) -> None:

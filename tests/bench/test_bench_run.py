@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import time
 
 import pytest
@@ -251,9 +252,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, capsys, monkeypat
     assert cli.main(argv) == 0 and measured == [50, 60, 50, 60, 70]  # the one that failed, and those not reached
     assert cli.main(argv) == 0 and len(measured) == 5
     assert [row["N"] for row in json.loads(path.read_text())["rows"]] == [50, 50, 60, 60, 70, 70]
-    monkeypatch.setattr(report, "commit", lambda: "abc-dirty")
+    path.write_text(path.read_text().replace('"kind"', '"sort"'))  # of a version that no longer reads
     assert cli.main(argv) == 0 and len(measured) == 8
-    capsys.readouterr()
+    monkeypatch.setattr(report, "commit", lambda: "abc-dirty")
+    assert cli.main(argv) == 0 and len(measured) == 11
+    with pytest.raises(SystemExit):
+        cli.main(argv[:-2])
+    assert "--resume goes on with what --json (or --out) holds" in capsys.readouterr().err
 
 
 def test_csv_columns_are_fixed(tmp_path):
@@ -355,6 +360,9 @@ def test_the_first_call_is_timed(tmp_path, capsys, monkeypatch):
 
 def test_the_time_of_the_host_is_measured_without_a_gpu(tmp_path, capsys):
     pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter compiles nothing: TRITON_INTERPRET=1 is set")
+    before = lk.available_backends()
     assert cli.main(["--host-time", "--quick", "--json", str(tmp_path / "host.json")]) == 0
     rows = json.loads((tmp_path / "host.json").read_text())["microseconds"]
     assert {row["call"]: row["launches"] for row in rows if "step" in row["call"]} == {
@@ -365,7 +373,7 @@ def test_the_time_of_the_host_is_measured_without_a_gpu(tmp_path, capsys):
     assert "less Triton" in capsys.readouterr().out
     x = torch.randn(20, 4)
     assert lk.nearest_code(x, x).tolist() == list(range(20))  # everything is as it was
-    assert not lk.available_backends()["triton"].available
+    assert lk.available_backends() == before
 
 
 def test_the_one_pass_forward_is_compared_with_the_lookup(tmp_path, capsys):

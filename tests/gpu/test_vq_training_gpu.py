@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from step_cases import assert_learned_steps, assert_steps_of_the_module
+from step_cases import assert_learned_anyhow, assert_learned_steps, assert_steps_of_the_module
 
 import lamkernels as lk
 
@@ -23,7 +23,23 @@ def test_steps_move_the_averages_as_torch_would(rows: int, codes: int, dim: int,
         assert_learned_steps(triton_step, rows, codes, dim, dtype)
 
 
+def test_a_learned_codebook_takes_rows_and_gradients_of_every_kind() -> None:
+    assert_learned_anyhow(pytest.importorskip("lamkernels.ops.vector_quantize.triton_step"), "cuda")
+
+
+def test_dead_codes_of_a_cosine_codebook_are_replaced_before_its_backward() -> None:
+    vq = lk.VectorQuantize(6, 32, update="gradient", metric="cosine", dead_code_threshold=2.0, device="cuda")
+    for _ in range(3):
+        quantized, _, loss = vq(torch.randn(200, 6, device="cuda", requires_grad=True))
+        (quantized.square().mean() + loss).backward()
+    assert vq.codebook.grad is not None and bool(vq.codebook.grad.isfinite().all())
+
+
 def test_a_learned_codebook_takes_the_step_of_its_own() -> None:
+    with pytest.raises(ValueError, match="metric is 'L2'"):
+        vq = lk.VectorQuantize(16, 64, update="gradient", device="cuda")
+        vq.metric = "L2"  # type: ignore[assignment]
+        vq(torch.randn(256, 16, device="cuda"))
     vq = lk.VectorQuantize(16, 64, update="gradient", device="cuda")
     quantized, _, loss = vq(torch.randn(256, 16, device="cuda", requires_grad=True))
     assert "LearnedStep" in type(loss.grad_fn).__name__ and loss.grad_fn is quantized.grad_fn

@@ -81,5 +81,5 @@ def test_the_loss_and_its_gradient():
     loss, want = (off_diagonal_covariance_loss(t, backend=b) for t, b in ((leaf, "triton"), (other, "reference")))
     loss.backward(), want.backward()
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
-    torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=0, atol=1e-5 * float(other.grad.abs().max()))
     assert not leaf.grad[[7, 9]].any()

@@ -9,7 +9,7 @@ import torch
 from contract import HARD_DATA, assert_contract, hard_data
 from contract import scores as exact_scores
 from layout_cases import CASES, LAYOUTS, assert_read_in_place
-from step_cases import assert_learned_steps, assert_steps_of_the_module
+from step_cases import assert_learned_anyhow, assert_learned_steps, assert_steps_of_the_module
 from torch import Tensor
 from triton_cases import assert_quantized_like, more_hard_data, thrown_out
 
@@ -249,6 +249,10 @@ def test_a_step_with_its_averages_is_that_of_the_module(path: str) -> None:
     for rows, codes, dim, dtype in ((40, 8, 32, torch.float32), (20, 130, 3, torch.bfloat16), (0, 3, 4, torch.float32)):
         assert_steps_of_the_module(triton_step, rows, codes, dim, dtype, 1e-6)
     assert_steps_of_the_module(triton_step, 10, 3, 140, torch.float32, 1e-6)  # several programs for the sums of a code
+
+
+def test_a_learned_codebook_takes_rows_and_gradients_of_every_kind():
+    assert_learned_anyhow(triton_step, "cpu")
 
 
 @pytest.mark.parametrize(("codes", "dim"), [(3, 5), (70, 20), (300, 70)], ids=str)  # in one tile, and streamed

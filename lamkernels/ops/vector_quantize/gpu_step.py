@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lamkernels.eager import is_ordinary
+from lamkernels.ops.vector_quantize.op import vector_quantize_backward
+
 
 class Step(NamedTuple):
     """What a step writes, and its numbers.
@@ -39,10 +42,10 @@ class Learned(NamedTuple):
     """What a step writes whose codebook is learned by its gradient.
 
     Attributes:
-        quantized: this and the next three as of :class:`Step`.
-        indices: (1, N).
+        quantized: (1, N, D) as the rows.
+        indices: (1, N) int64, 0 for a row that is not finite.
         loss: (1,) float32: the sum of both losses, weighted.
-        num_rows: (1,).
+        num_rows: (1,) int64: the rows that are finite.
         residual_sums: (1, K, D) float32.
         weights: of the commitment loss and of the codebook loss.
     """
@@ -117,8 +120,12 @@ class _EmaStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, quantized, num_rows = ctx.saved_tensors
-        grad_x = x.new_empty(x.shape)
-        ctx.kernels.step_backward(*_read(x, quantized, num_rows, *grads), grad_x, ctx.weight)
+        if not is_ordinary(*grads):
+            nothing = x.new_zeros((1, 1, x.shape[-1]), dtype=torch.float32)
+            grad_x, _ = _by_operator(x, quantized, num_rows, nothing, grads, (ctx.weight, 0.0))
+        else:
+            grad_x = x.new_empty(x.shape)
+            ctx.kernels.step_backward(*_read(x, quantized, num_rows, *grads), grad_x, ctx.weight)
         return grad_x, None, None, None, None, None
 
 
@@ -140,9 +147,12 @@ class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, quantized, num_rows, residual_sums = ctx.saved_tensors
-        grad_x, grad_codebook = x.new_empty(x.shape), residual_sums.new_empty(residual_sums.shape[1:])
-        read = _read(x, quantized, num_rows, *grads)
-        ctx.kernels.learned_backward(*read, grad_x, ctx.weights, residual_sums, grad_codebook)
+        if not is_ordinary(*grads):
+            grad_x, grad_codebook = _by_operator(x, quantized, num_rows, residual_sums, grads, ctx.weights)
+        else:
+            grad_x, grad_codebook = x.new_empty(x.shape), residual_sums.new_empty(residual_sums.shape[1:])
+            read = _read(x, quantized, num_rows, *grads)
+            ctx.kernels.learned_backward(*read, grad_x, ctx.weights, residual_sums.contiguous(), grad_codebook)
         return grad_x, grad_codebook, None, None, None, None
 
 
@@ -162,14 +172,32 @@ def _read(
     x: Tensor, quantized: Tensor, num_rows: Tensor, grad_quantized: Tensor | None, _: Tensor | None,
     grad_loss: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """What a backward reads, flat."""
-    if torch.is_grad_enabled():
-        raise NotImplementedError("this step has no second derivative: do not differentiate with create_graph=True")
+    """What a backward reads, flat. Hooks on saved tensors may have changed their layout."""
     flat = 1, x.shape[:-1].numel(), x.shape[-1]
     return (
-        _rows(x), quantized.view(flat), num_rows, None if grad_quantized is None else grad_quantized.reshape(flat),
+        _rows(x), quantized.reshape(flat).contiguous(), num_rows,
+        None if grad_quantized is None else grad_quantized.reshape(flat),
         num_rows.new_zeros(1, dtype=torch.float32) if grad_loss is None else grad_loss.reshape(1),
     )  # fmt: skip
+
+
+def _by_operator(
+    x: Tensor, quantized: Tensor, num_rows: Tensor, residual_sums: Tensor, grads: tuple[Tensor | None, ...],
+    weights: tuple[float, float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of x and of the codebook by the registered operator, which has a batching rule and no second
+    derivative: for gradients that a kernel cannot read.
+    """
+    codes, grad_quantized, loss = quantized.detach(), grads[0], grads[2]
+    flat = 1, x.shape[:-1].numel(), x.shape[-1]
+    indices = torch.where(codes.reshape(flat).isnan().any(-1), -1, 0)
+    loss = residual_sums.new_zeros(1) if loss is None else loss.reshape(1)
+    grad_x, grad_codebook = vector_quantize_backward(
+        x.reshape(flat), codes.reshape(flat), indices, residual_sums, num_rows, None,
+        None if grad_quantized is None else grad_quantized.reshape(flat), weights[0] * loss, weights[1] * loss, "l2",
+        "ste", "auto",
+    )  # fmt: skip
+    return grad_x.reshape(x.shape), grad_codebook.squeeze(0)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from lamkernels.ops.triton_common import (
     unit_inner,
     unit_scales,
 )
-from lamkernels.ops.triton_cosine import unit_rows
+from lamkernels.ops.triton_cosine import normalised
 from lamkernels.ops.vector_quantize.triton_backward import vector_quantize_backward
 
 __all__ = ["vector_quantize", "vector_quantize_backward"]
@@ -232,12 +232,12 @@ def vector_quantize(
 
 
 class Writing(NamedTuple):
-    """What a forward writes beside rows, indices, losses and their number; ``writes`` as of merge_sums_kernel."""
+    """How a forward writes its results; ``writes`` as of merge_sums_kernel."""
 
     writes: str = "statistics"
     averages: Averages | None = None
     loss_weight: float = 1.0
-    lowest: int = -1  # the index of a row that is not finite; 0 is written to the indices that were given
+    lowest: int = -1  # the index of a row that is not finite: −1, or 0, which the indices of ``out`` get in any case
 
 
 STATISTICS = Writing()
@@ -260,7 +260,7 @@ def quantize_into(
         indices, _ = nearest_code(x, codebook, metric, precision, False)
         out, written = out._replace(indices=indices), out.indices
         part_losses = _quantize_rows(x, codebook, mask, noise, metric, out)
-        unit = x if metric != "cosine" else unit_rows(x.contiguous(), out.sums.dtype)
+        unit = x if metric != "cosine" else normalised(x.contiguous(), out.sums.dtype)[0]
         parts, offsets, tiles, segment = segment_sums(unit, codebook, indices, num_codes)
         _merge(parts, offsets, part_losses, codebook, out, tiles, segment, how)
         if how.lowest == 0:

@@ -23,8 +23,7 @@ def vector_quantize_bwd_kernel(
     grad_commitment: tensor, grad_codebook_loss: tensor, grad_x: tensor, grad_codebook: tensor, num_rows: tensor,
     code_entries: tensor, dim: tensor, x_h: tensor, x_b: tensor, x_l: tensor, x_n: tensor, x_d: tensor, g_h: tensor,
     g_n: tensor, g_d: tensor, commitment_h: tensor, codebook_h: tensor, tiles: tensor, chunks: tensor,
-    row_programs: tensor, code_tiles: tensor, commitment_weight: tensor,
-    codebook_weight: tensor,
+    row_programs: tensor, code_tiles: tensor, commitment_weight: tensor, codebook_weight: tensor,
     GRAD: tl.constexpr, BY_CODE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """The first ``row_programs`` programs write grad_x, the others grad_codebook.
