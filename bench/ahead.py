@@ -97,7 +97,7 @@ def pretended(target: str) -> Iterator[None]:
     """Launchers choose what they would on ``target``, wherever their tensors are, and if these have no values."""
     with contextlib.ExitStack() as stack:
         for module in (gpu_step, triton_cosine):
-            stack.enter_context(mock.patch.object(module, "is_ordinary", lambda *grads: True))
+            stack.enter_context(mock.patch.object(module, "is_ordinary", lambda *grads, device: True))
         stack.enter_context(mock.patch.object(tuning, "target_of", lambda device: target))
         for module in (nearest, quantize, statistics, covariances):
             stack.enter_context(mock.patch.object(module, "persistent_programs", lambda device: PROGRAMS))

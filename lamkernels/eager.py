@@ -62,9 +62,9 @@ def is_plain(*tensors: Any, device: str = "cpu") -> bool:
     return True
 
 
-def is_ordinary(*grads: Tensor | None) -> bool:
+def is_ordinary(*grads: Tensor | None, device: str = "cpu") -> bool:
     """Not where the operator is needed: it refuses second derivatives, and has a batching rule."""
-    return not torch.is_grad_enabled() and is_plain(*[grad for grad in grads if grad is not None])
+    return not torch.is_grad_enabled() and is_plain(*[grad for grad in grads if grad is not None], device=device)
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:

@@ -12,13 +12,13 @@ from lamkernels.ops.vector_quantize.gpu_step import ema_step, learned_step
 
 
 def assert_steps_of_the_module(
-    kernels: Any, rows: int, codes: int, dim: int, dtype: torch.dtype, atol: float
-) -> None:  # fmt: skip
+    kernels: Any, rows: int, codes: int, dim: int, dtype: torch.dtype, atol: float, device: str = "cpu"
+) -> None:
     """``atol`` is for sums of a few rows of size 1, whose rounding is relative to the largest of them."""
-    vq = lk.VectorQuantize(dim, codes, decay=0.7, eps=1e-3, commitment_weight=0.3, backend="reference")
+    vq = lk.VectorQuantize(dim, codes, decay=0.7, eps=1e-3, commitment_weight=0.3, backend="reference", device=device)
     ours = tuple(t.clone() for t in (vq.codebook, vq.cluster_size, vq.code_sums))
     for step in range(3):
-        x = torch.randn(2, rows // 2, dim).to(dtype)
+        x = torch.randn(2, rows // 2, dim, device=device).to(dtype)
         if rows and step == 1:
             x[0, 3] = torch.nan
         left, right = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -41,16 +41,17 @@ def assert_steps_of_the_module(
 
 
 def assert_learned_steps(
-    kernels: Any, rows: int, codes: int, dim: int, dtype: torch.dtype, metric: str = "l2"
-) -> None:  # fmt: skip
+    kernels: Any, rows: int, codes: int, dim: int, dtype: torch.dtype, metric: str = "l2", device: str = "cpu"
+) -> None:
     """Steps whose codebook is learned by its gradient; some with no gradient of one of the outputs."""
     vq = lk.VectorQuantize(
-        dim, codes, update="gradient", commitment_weight=0.3, codebook_weight=0.7, metric=metric, backend="reference"
-    )
+        dim, codes, update="gradient", commitment_weight=0.3, codebook_weight=0.7, metric=metric, backend="reference",
+        device=device,
+    )  # fmt: skip
     for weight, of_loss in ((1.0, 2.0), (0.0, 1.0), (1.0, 0.0)):
         with torch.no_grad():
             vq.codebook.normal_()
-        x = torch.randn(2, rows // 2, dim).to(dtype)
+        x = torch.randn(2, rows // 2, dim, device=device).to(dtype)
         if rows > 6:
             x[0, 3] = torch.nan
         left, right, codebook = (t.clone().detach().requires_grad_() for t in (x, x, vq.codebook))

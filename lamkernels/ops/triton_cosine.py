@@ -100,7 +100,8 @@ class _UnitOrNan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         unit, lengths = ctx.saved_tensors
-        if not is_ordinary(grad) or not unit.is_contiguous() or not lengths.is_contiguous():
+        as_saved = unit.is_contiguous() and lengths.is_contiguous()
+        if not as_saved or not is_ordinary(grad, device=unit.device.type):
             return _gradient(unit.detach(), lengths, grad).to(ctx.dtype), None
         out = unit.new_empty(unit.shape, dtype=ctx.dtype)
         _launch(unit_rows_bwd_kernel, unit, lengths, grad.contiguous(), out)

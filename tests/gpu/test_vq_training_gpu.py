@@ -7,6 +7,7 @@ import torch
 from step_cases import assert_learned_anyhow, assert_learned_steps, assert_steps_of_the_module
 
 import lamkernels as lk
+from lamkernels.lam.measure import count_operators
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,9 +19,8 @@ pytestmark = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_move_the_averages_as_torch_would(rows: int, codes: int, dim: int, dtype: torch.dtype) -> None:
     triton_step = pytest.importorskip("lamkernels.ops.vector_quantize.triton_step")
-    with torch.device("cuda"):
-        assert_steps_of_the_module(triton_step, rows, codes, dim, dtype, atol=1e-6)
-        assert_learned_steps(triton_step, rows, codes, dim, dtype)
+    assert_steps_of_the_module(triton_step, rows, codes, dim, dtype, atol=1e-6, device="cuda")
+    assert_learned_steps(triton_step, rows, codes, dim, dtype, device="cuda")
 
 
 def test_a_learned_codebook_takes_rows_and_gradients_of_every_kind() -> None:
@@ -33,6 +33,24 @@ def test_dead_codes_of_a_cosine_codebook_are_replaced_before_its_backward() -> N
         quantized, _, loss = vq(torch.randn(200, 6, device="cuda", requires_grad=True))
         (quantized.square().mean() + loss).backward()
     assert vq.codebook.grad is not None and bool(vq.codebook.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_a_step_and_its_backward_are_three_launches(update: str) -> None:
+    vq = lk.VectorQuantize(16, 64, update=update, device="cuda")
+    x = torch.randn(256, 16, device="cuda", requires_grad=True)
+    leaves = [x, *vq.parameters()]
+    grads = torch.randn_like(x), torch.ones((), device="cuda")
+
+    def step() -> None:
+        quantized, _, loss = vq(x)
+        torch.autograd.grad((quantized, loss), leaves, grads)
+
+    step()  # compiles
+    _, launches = count_operators(step, torch.device("cuda"))
+    if not launches:
+        pytest.skip("the profiler sees no launches here")
+    assert launches == 3
 
 
 def test_a_learned_codebook_takes_the_step_of_its_own() -> None:

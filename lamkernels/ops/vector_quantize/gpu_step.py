@@ -120,7 +120,7 @@ class _EmaStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, quantized, num_rows = ctx.saved_tensors
-        if not is_ordinary(*grads):
+        if not is_ordinary(*grads, device=x.device.type):
             nothing = x.new_zeros((1, 1, x.shape[-1]), dtype=torch.float32)
             grad_x, _ = _by_operator(x, quantized, num_rows, nothing, grads, (ctx.weight, 0.0))
         else:
@@ -147,7 +147,7 @@ class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, quantized, num_rows, residual_sums = ctx.saved_tensors
-        if not is_ordinary(*grads):
+        if not is_ordinary(*grads, device=x.device.type):
             grad_x, grad_codebook = _by_operator(x, quantized, num_rows, residual_sums, grads, ctx.weights)
         else:
             grad_x, grad_codebook = x.new_empty(x.shape), residual_sums.new_empty(residual_sums.shape[1:])
