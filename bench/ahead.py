@@ -87,17 +87,19 @@ def record(target: str, call: Callable[[], object]) -> list[Launch]:
                     aligned.append((i,))
         launches.append(Launch(self, tuple(signature), tuple(constants), tuple(aligned), tuple(options.items())))
 
-    with pretended(target), mock.patch.object(JITFunction, "run", run):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pretended(target))
+        stack.enter_context(mock.patch.object(JITFunction, "run", run))
+        for module in (gpu_step, triton_cosine):  # whose gradients have no values here
+            stack.enter_context(mock.patch.object(module, "is_ordinary", lambda *grads, device: True))
         call()
     return launches
 
 
 @contextlib.contextmanager
 def pretended(target: str) -> Iterator[None]:
-    """Launchers choose what they would on ``target``, wherever their tensors are, and if these have no values."""
+    """Launchers choose what they would on ``target``, wherever their tensors are."""
     with contextlib.ExitStack() as stack:
-        for module in (gpu_step, triton_cosine):
-            stack.enter_context(mock.patch.object(module, "is_ordinary", lambda *grads, device: True))
         stack.enter_context(mock.patch.object(tuning, "target_of", lambda device: target))
         for module in (nearest, quantize, statistics, covariances):
             stack.enter_context(mock.patch.object(module, "persistent_programs", lambda device: PROGRAMS))

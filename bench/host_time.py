@@ -16,8 +16,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 import lamkernels as lk
-from lamkernels import backend, functional, one_call
-from lamkernels.ops.vector_quantize import triton_step
+from lamkernels import backend
 
 from .ahead import no_driver, pretended
 
@@ -33,31 +32,31 @@ class HostTime(NamedTuple):
     without_triton: float
 
 
+GPU = torch.device("cuda", 0)
+SHOWN = {  # what tensors say of themselves
+    "is_cuda": True,
+    "is_cpu": False,
+    "device": property(lambda self: GPU),
+    "get_device": lambda self: 0,
+}
+
+
 @contextlib.contextmanager
-def _nothing_launched() -> Iterator[None]:
-    """Triton serves CPU tensors, in kernels that are compiled and not run."""
+def as_if_on_a_gpu() -> Iterator[None]:
+    """Tensors on the CPU say that they are on a GPU, whose kernels are compiled and not run."""
     status = backend._status
 
     def available(name: str) -> backend.BackendStatus:
-        return backend.BackendStatus(True, "CPU tensors") if name == "triton" else status(name)
+        return backend.BackendStatus(True, "CUDA and ROCm tensors") if name == "triton" else status(name)
 
-    with (
-        pretended("sm_90"),
-        no_driver("sm_90"),
-        mock.patch.object(backend, "_status", available),
-        mock.patch.object(functional, "gpu_learned", _learned),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pretended("sm_90"))
+        stack.enter_context(no_driver("sm_90"))
+        stack.enter_context(mock.patch.object(backend, "_status", available))
+        stack.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: 0))
+        for name, value in SHOWN.items():
+            stack.enter_context(mock.patch.object(torch.Tensor, name, value))
         yield
-
-
-class _Module(lk.VectorQuantize):
-    """Takes a CPU tensor for one on a GPU, after what is asked of such a one."""
-
-    def _plan_one_call(self, x: torch.Tensor) -> None:
-        return None
-
-    def _gpu_kernels(self, x: torch.Tensor) -> Any:
-        return triton_step if self.update == "ema" and one_call._updated_in_place(self._averages(), x) else None
 
 
 class _Nothing(torch.autograd.Function):
@@ -72,18 +71,13 @@ class _Nothing(torch.autograd.Function):
         return grads[0]
 
 
-def _learned(x: torch.Tensor, codebook: torch.Tensor, **_: str) -> Any:
-    """The same of a codebook that is learned by its gradient."""
-    return triton_step if one_call._updated_in_place((codebook,), x) else None
-
-
 def _calls() -> dict[str, Callable[[], object]]:
     x, codebook, one = torch.randn(256, 32), torch.randn(8, 32), torch.ones(())
     leaf, codes = x.clone().requires_grad_(), codebook.clone().requires_grad_()
     half, many = torch.randn(4096, 64).half(), torch.randn(1024, 64).half()
 
     def quantized() -> object:
-        out = lk.vector_quantize(leaf, codes, backend="triton")
+        out = lk.vector_quantize(leaf, codes)
         return torch.autograd.grad(out[:1] + out[2:4], (leaf, codes), (x, one, one))
 
     def step(module: lk.VectorQuantize, *more: torch.Tensor) -> object:
@@ -93,17 +87,20 @@ def _calls() -> dict[str, Callable[[], object]]:
     def nothing() -> object:
         return torch.autograd.grad(_Nothing.apply(leaf), leaf, (x, one))  # type: ignore[no-untyped-call]
 
-    ema, learned = _Module(32, 8, backend="triton"), _Module(32, 8, update="gradient", backend="triton")
+    ema, learned, cosine = (
+        lk.VectorQuantize(32, 8, **options)
+        for options in ({}, {"update": "gradient"}, {"update": "gradient", "metric": "cosine"})
+    )
     return {
-        "nearest_code 256 x 32, 8 codes": lambda: lk.nearest_code(x, codebook, backend="triton"),
-        "nearest_code 4096 x 64 fp16, 1024 codes": lambda: lk.nearest_code(half, many, backend="triton"),
-        "vector_quantize 256 x 32, 8 codes": lambda: lk.vector_quantize(x, codebook, backend="triton"),
+        "nearest_code 256 x 32, 8 codes": lambda: lk.nearest_code(x, codebook),
+        "nearest_code 4096 x 64 fp16, 1024 codes": lambda: lk.nearest_code(half, many),
+        "vector_quantize 256 x 32, 8 codes": lambda: lk.vector_quantize(x, codebook),
         "the same, with its backward": quantized,
         "autograd alone": nothing,
         "VectorQuantize, EMA step": lambda: step(ema),
         "VectorQuantize, gradient step": lambda: step(learned, learned.codebook),
-        "moments 256 x 32": lambda: lk.moments(x, backend="triton"),
-        "finite_scalar_quantize 256 x 4": lambda: lk.finite_scalar_quantize(x[:, :4], [8, 5, 5, 5], backend="triton"),
+        "VectorQuantize, gradient step, cosine": lambda: step(cosine, cosine.codebook),
+        "moments 256 x 32": lambda: lk.moments(x),
     }
 
 
@@ -115,7 +112,7 @@ def host_times(seconds: float) -> list[HostTime]:
         nonlocal launches
         launches += 1
 
-    with _nothing_launched():
+    with as_if_on_a_gpu():
         for name, call in _calls().items():
             taken = _least(call, seconds)
             with mock.patch.object(JITFunction, "run", counted):

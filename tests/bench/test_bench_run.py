@@ -368,6 +368,7 @@ def test_the_time_of_the_host_is_measured_without_a_gpu(tmp_path, capsys):
     assert {row["call"]: row["launches"] for row in rows if "step" in row["call"]} == {
         "VectorQuantize, EMA step": 3,
         "VectorQuantize, gradient step": 3,
+        "VectorQuantize, gradient step, cosine": 5,
     }
     assert all(row["without_triton"] > 0 and row["microseconds"] > 0 for row in rows)
     assert "less Triton" in capsys.readouterr().out
