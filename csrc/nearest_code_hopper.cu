@@ -329,8 +329,9 @@ __device__ inline int scan_exactly(const Lookup& p, const Half* row, const Half*
     return index;
 }
 
-// After the lookup, a warp for 32 rows: the undecided ones, and the distances that are asked for.
-extern "C" __global__ void __launch_bounds__(256) finish_rows(const Lookup p) {
+// After the lookup, a warp for 32 rows: the undecided ones, and the distances that are asked for. (Without the 4, ptxas
+// takes 32 registers for occupancy at 128 entries, and spills one.)
+extern "C" __global__ void __launch_bounds__(256, 4) finish_rows(const Lookup p) {
     const int blocks = (p.num_rows + 255) / 256, head = blockIdx.x / blocks, lane = threadIdx.x % 32;
     const int first = blockIdx.x % blocks * 256 + threadIdx.x / 32 * 32, n = first + lane;
     const Half* codebook = p.codebook + head * p.c_h;
