@@ -151,17 +151,17 @@ class NoDriver:
     def get_current_target(self) -> GPUTarget:
         return gpu_target(self.target)
 
-    def get_current_device(self) -> int:
-        return -1 - list(SHARED).index(self.target)  # by which Triton remembers the target
+    def get_current_device(self) -> str:
+        return self.target  # by which Triton remembers the target
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: str) -> int:
         return 0
 
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: str) -> tuple[int, int, int, int, int]:
         return 0, 0, 0, 0, 1024  # module, function, registers, spills, threads
 
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED[self.target]}
+    def get_device_properties(self, device: str) -> dict[str, int]:
+        return {"max_shared_mem": SHARED[device]}
 
 
 def gpu_target(target: str) -> GPUTarget:

@@ -59,7 +59,7 @@ def gpu_kernels(x: Tensor, *averages: Tensor, backend: Backend) -> Any:
         backend: as for :func:`lamkernels.nearest_code`.
     """
     module = None if torch.compiler.is_compiling() else GPU_STEPS.get(resolve(backend, "cuda"))
-    if module is None or not x.is_cuda or not _updated_in_place(averages, x):
+    if module is None or not x.is_cuda or not _plain_fp32(averages, x):
         return None
     kernels, (codebook, sizes, sums) = load_step(module), averages
     shapes = sums.shape == codebook.shape and sizes.shape == codebook.shape[:1]
@@ -80,7 +80,7 @@ def gpu_learned(x: Tensor, codebook: Tensor, *, backend: Backend) -> Any:
     if resolve(backend, "cuda") != "triton":
         return None
     fits = x.ndim > 0 and codebook.ndim == 2 and x.shape[-1] == codebook.shape[1]
-    if not fits or not _updated_in_place((codebook,), x):
+    if not fits or not _plain_fp32((codebook,), x):
         return None
     kernels = load_step(GPU_STEPS["triton"])
     return kernels if x.dtype in kernels.TYPES else None
@@ -95,7 +95,7 @@ def gpu_upkeep(*state: Tensor, backend: Backend, rows: Tensor | None = None, mas
         rows: (..., D) to draw from.
         mask: of them.
     """
-    if not _may_take_triton(state[0], backend) or not _updated_in_place(state, rows, mask):
+    if not _may_take_triton(state[0], backend) or not _plain_fp32(state, rows, mask):
         return None
     upkeep = importlib.import_module("lamkernels.ops.codebook_upkeep.triton")
     return upkeep if rows is None or rows.dtype in upkeep.TYPES else None
@@ -116,8 +116,8 @@ def _may_take_triton(rows: Tensor, backend: Backend) -> bool:
     return is_available("triton")
 
 
-def _updated_in_place(state: Sequence[Tensor], *others: Tensor | None) -> bool:
-    """Whether kernels can update the state in place: plain fp32 tensors without gaps, with the others on one device."""
+def _plain_fp32(state: Sequence[Tensor], *others: Tensor | None) -> bool:
+    """Whether kernels can take the state as it lies: plain fp32 tensors without gaps, with the others on one device."""
     every, device = [*state, *(tensor for tensor in others if tensor is not None)], state[0].device
     if not is_plain(*every, device=device.type) or any(tensor.device != device for tensor in every):
         return False

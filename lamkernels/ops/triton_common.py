@@ -45,13 +45,13 @@ def finite_rows(entry: tensor, BD: tl.constexpr) -> tensor:
 
 
 @triton.jit
-def finite_in_memory(first: tensor, wanted: tensor, dim: tensor, BD: tl.constexpr) -> tensor:
-    """Whether all entries of each wanted row [BN] are finite; ``first`` points to the first entry of each."""
+def finite_in_memory(first: tensor, step: tensor, wanted: tensor, dim: tensor, BD: tl.constexpr) -> tensor:
+    """Whether all entries of each wanted row [BN] are finite; ``first`` points to their first, ``step`` to the next."""
     finite = wanted
     for start in range(0, dim, BD):
         d = start + tl.arange(0, BD)
         inside = finite[:, None] & (d < dim)[None, :]  # [BN, BD]
-        entry = tl.load(first[:, None] + d[None, :], mask=inside, other=0.0)
+        entry = tl.load(first[:, None] + d[None, :] * step, mask=inside, other=0.0)
         if entry.dtype != tl.float64:
             entry = entry.to(tl.float32)
         finite = finite & (tl.min(is_finite(entry).to(tl.int32), axis=1) > 0)

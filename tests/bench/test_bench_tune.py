@@ -48,6 +48,7 @@ def test_what_cannot_be_held_is_not_generated_and_what_spills_is_refused():
     ]
     assert all(kernel.asm["cubin"] for _, kernel in built)
     assert "spills" in tune.why_not(LOOKUP, "sm_90", rule, key, given._replace(registers=64))
+    assert "sm_87" not in SHARED and tune.why_not(LOOKUP, "sm_87", *tune.consulted(LOOKUP, "sm_87")) == ""
 
 
 def test_the_fastest_right_tile_becomes_a_row_ready_to_paste():

@@ -20,6 +20,7 @@ from triton.language import tensor
 from lamkernels import tuning
 from lamkernels.ops.codebook_upkeep.triton import move_averages
 from lamkernels.ops.triton_common import (
+    finite_in_memory,
     first_entries,
     fp32_product,
     grouped_sum,
@@ -70,13 +71,7 @@ def row_keys_kernel(
     code = tl.load(indices + head * i_h + row * i_n, mask=row < num_rows, other=-1)
     counted = (code >= 0) & (code < num_codes)
     rows = first_entries(x + head * x_h, row, x_b, x_l, x_n)
-    for start in range(0, dim, BD):
-        d = start + tl.arange(0, BD)
-        inside = counted[:, None] & (d < dim)[None, :]  # [BN, BD]
-        entry = tl.load(rows[:, None] + d[None, :] * x_d, mask=inside, other=0.0)
-        if entry.dtype != tl.float64:
-            entry = entry.to(tl.float32)
-        counted = counted & (tl.min(is_finite(entry).to(tl.int32), axis=1) > 0)
+    counted = finite_in_memory(rows, x_d, counted, dim, BD)
     tl.store(keys + head * num_rows + row, tl.where(counted, code, -1), mask=row < num_rows)
 
 

@@ -51,8 +51,8 @@ def pair_weights_kernel(
     if GIVEN:
         weight = tl.load(given + head * g_h + n * g_n, mask=n < num_pairs, other=0.0)
     inside = (weight > 0) & is_finite(weight)
-    inside = finite_in_memory(x + head * x_h + n * x_n, inside, dim, BD)
-    inside = finite_in_memory(y + head * y_h + n * y_n, inside, other, BD)
+    inside = finite_in_memory(x + head * x_h + n * x_n, 1, inside, dim, BD)
+    inside = finite_in_memory(y + head * y_h + n * y_n, 1, inside, other, BD)
     tl.store(weights + head * num_pairs + n, tl.where(inside, weight, 0.0), mask=n < num_pairs)
 
 
@@ -70,7 +70,7 @@ def shift_kernel(
     n = tl.arange(0, BN).to(tl.int64) * step
     inside = n < num_pairs
     if WHOLE:
-        inside = finite_in_memory(x + head * x_h + n * x_n, inside, dim, BD)
+        inside = finite_in_memory(x + head * x_h + n * x_n, 1, inside, dim, BD)
     else:
         inside = tl.load(weights + head * num_pairs + n, mask=inside, other=0.0) > 0
     mask = inside[:, None] & (d < dim)[None, :]  # [BN, BD]

@@ -36,7 +36,7 @@ def code_flags_kernel(
     head = (tl.program_id(0) // tiles).to(tl.int64)
     k = (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)
     row = codebook + head * stride_h + k.to(tl.int64) * stride_k
-    finite = finite_in_memory(row, k < num_codes, dim, BD)
+    finite = finite_in_memory(row, 1, k < num_codes, dim, BD)
     tl.store(flags + head * num_codes + k, finite.to(tl.int8), mask=k < num_codes)
 
 
@@ -84,7 +84,7 @@ def centred_codes_kernel(
     if CENTRE:
         finite = tl.load(flags + head * num_codes + k, mask=k < num_codes, other=0) > 0
     else:
-        finite = finite_in_memory(row, k < num_codes, dim, BD)
+        finite = finite_in_memory(row, 1, k < num_codes, dim, BD)
     out = (head * padded_codes + k) * padded_dim  # [BK]
     norm = tl.zeros([BK], tl.float64)
     top = tl.zeros([BK], tl.float32)

@@ -237,7 +237,11 @@ class Writing(NamedTuple):
     writes: str = "statistics"
     averages: Averages | None = None
     loss_weight: float = 1.0
-    lowest: int = -1  # the index of a row that is not finite: −1, or 0, which the indices of ``out`` get in any case
+
+    @property
+    def lowest(self) -> int:
+        """The index of a row that is not finite: −1, and in a step 0, which the indices of ``out`` get in any case."""
+        return -1 if self.writes == "statistics" else 0
 
 
 STATISTICS = Writing()

@@ -33,13 +33,13 @@ def step_forward(x: Tensor, precision: str, step: Step) -> None:
     decay, eps = step.rates
     averages = Averages(torch.empty_like(sizes), sizes, code_sums, 1 - decay, eps)
     nothing = code_sums.unsqueeze(0)  # for what the averages take in instead
-    how = Writing("averages", averages, step.weight, 0)
+    how = Writing("averages", averages, step.weight)
     quantize_into(_outputs(step, nothing), x, codebook.unsqueeze(0), None, None, "l2", precision, how)
 
 
 def learned_forward(x: Tensor, codebook: Tensor, metric: str, precision: str, step: Learned) -> None:
     """``x`` as above, ``codebook`` (1, K, D)."""
-    how = Writing("residuals", None, sum(step.weights), 0)
+    how = Writing("residuals", None, sum(step.weights))
     quantize_into(_outputs(step, step.residual_sums), x, codebook, None, None, metric, precision, how)
 
 
@@ -52,21 +52,14 @@ def step_backward(
     weight: float,
 ) -> None:  # fmt: skip
     """Writes ``grad_x``, contiguous; of ``codes`` (1, N, D), NaN for a row that is not in."""
-    _backward(x, codes, num_rows, grad_quantized, grad_loss, grad_x, (weight, 0.0), None, None)
+    learned_backward(x, codes, num_rows, grad_quantized, grad_loss, grad_x, (weight, 0.0), None, None)
 
 
 def learned_backward(
     x: Tensor, codes: Tensor, num_rows: Tensor, grad_quantized: Tensor | None, grad_loss: Tensor, grad_x: Tensor,
-    weights: tuple[float, float], residual_sums: Tensor, grad_codebook: Tensor,
-) -> None:  # fmt: skip
-    """And ``grad_codebook`` (K, D), of ``residual_sums``."""
-    _backward(x, codes, num_rows, grad_quantized, grad_loss, grad_x, weights, residual_sums, grad_codebook)
-
-
-def _backward(
-    x: Tensor, codes: Tensor, num_rows: Tensor, grad_quantized: Tensor | None, grad_loss: Tensor, grad_x: Tensor,
     weights: tuple[float, float], residual_sums: Tensor | None, grad_codebook: Tensor | None,
 ) -> None:  # fmt: skip
+    """And ``grad_codebook`` (K, D), of ``residual_sums`` (1, K, D), unless these are None."""
     (_, rows, dim), (x, strides) = codes.shape, rows_in_place(x)
     tile = tuning.elementwise(tuning.target_of(x.device), dim)
     tiles, chunks = tuning.ceil_div(rows, tile.rows), tuning.ceil_div(dim, tile.dim)
